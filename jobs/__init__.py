@@ -1,0 +1,1 @@
+"""Which run: the command line and the example jobs."""

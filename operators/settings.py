@@ -1,0 +1,111 @@
+"""What is asked: the settings that change an answer, each with its unit, default and reason.
+
+Everything here except the fields marked `asks=False` enters the fingerprint (pipeline/config.py).
+Where the work runs and how much of it is in pipeline/config.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
+
+# A limit or a resource: it can turn an answer into a failure, never into another answer,
+# so it stays out of the fingerprint.
+LIMIT: dict[str, Any] = {"asks": False}
+
+
+class Settings(BaseModel):
+    """Frozen, and strict about unknown fields: a typing error in a job must not pass silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Settings):
+    """The checkpoint and the form in which it is loaded."""
+
+    id: str = Field(min_length=1, description="hub id or directory of the checkpoint")
+    revision: str = Field(
+        "main", description="hub revision; pin a commit so that a moved branch is no surprise"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: str | None = Field(None, description="as vLLM names it, for example fp8")
+    adapter: str | None = Field(None, description="directory or hub id of a LoRA adapter")
+    max_model_len: int = Field(
+        4096, ge=256, le=262_144, description="tokens; 4096 holds every task of the 12B"
+    )
+    render: Literal["prepared", "engine"] = Field(
+        "prepared",
+        description="prepared: tensors from CPU workers; engine: raw media into vLLM's own processor,"
+        " for models with encoder towers and as the yardstick",
+    )
+
+
+class PromptSettings(Settings):
+    """A preset by name, or a text of one's own with {variables} from the manifest."""
+
+    preset: str | None = None
+    text: str | None = Field(None, min_length=1, max_length=8000)
+    max_variable_chars: Annotated[int, Field(ge=1, le=8000, json_schema_extra=LIMIT)] = 1000
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PromptSettings:
+        if self.preset is not None and self.text is not None:
+            raise ValueError("give preset or text, not both")
+        return self
+
+
+class ImageSettings(Settings):
+    """From bytes to patches."""
+
+    max_soft_tokens: int = Field(
+        280, description=f"visual tokens an image may take, one of {SOFT_TOKEN_BUDGETS}"
+    )
+    background: str = Field(
+        "#ffffff",
+        pattern=r"^#[0-9a-fA-F]{6}$",
+        description="laid under transparent pixels; white is what a page shows",
+    )
+    scaled_decode: bool = Field(
+        False,
+        description="let libjpeg drop whole octaves of a large JPEG while decoding: 34 instead of 53 ms"
+        " at 12 MP, 46 dB from the full decode, so not the same answer",
+    )
+    max_pixels: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 300_000_000
+    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 60.0
+    max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 4 << 30
+
+    @field_validator("max_soft_tokens")
+    @classmethod
+    def _budget(cls, value: int) -> int:
+        if value not in SOFT_TOKEN_BUDGETS:
+            raise ValueError(f"must be one of {SOFT_TOKEN_BUDGETS}")
+        return value
+
+
+class SamplingSettings(Settings):
+    """How the answer is drawn."""
+
+    temperature: float = Field(
+        0.0, ge=0, le=2, description="0: the same file gives the same answer, run after run"
+    )
+    top_p: float = Field(0.95, gt=0, le=1, description="the 12B's own default; unused at 0")
+    top_k: int = Field(64, ge=-1, description="the 12B's own default; unused at 0")
+    seed: int = 0
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens of the answer; default: the preset's"
+    )
+    detect_repetition: bool = Field(
+        True, description="stop an answer that loops and fail its row, instead of paying to the end"
+    )
+
+
+class FetchSettings(Settings):
+    """How bytes come from the store. Nothing here changes an answer."""
+
+    max_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 256 << 20
+    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 60.0
+    attempts: Annotated[int, Field(ge=1, le=20, json_schema_extra=LIMIT)] = 4
+    concurrency: Annotated[int, Field(ge=1, le=256, json_schema_extra=LIMIT)] = 8

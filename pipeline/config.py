@@ -1,0 +1,250 @@
+"""One YAML a job, read into frozen models: what is asked (operators/settings.py) plus where and how much.
+
+`load_job` reads, overrides and checks; every error names the field, the value and what is allowed.
+`Job.fingerprint` hashes what changes an answer, `Job.public` is the job without its secrets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from operators.settings import (
+    FetchSettings,
+    ImageSettings,
+    ModelSettings,
+    PromptSettings,
+    SamplingSettings,
+    Settings,
+)
+
+# Raised whenever our own code changes what an answer means: a new resize, another prompt form.
+SEMANTICS_VERSION = 1
+
+SECRET_NAME = re.compile(
+    r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
+)
+# Fields of ours whose names look like secrets but are none.
+PUBLIC_NAMES = frozenset({"max_tokens", "max_soft_tokens"})
+
+
+class ConfigError(Exception):
+    """A job that cannot run as written. The message is for the person who wrote it."""
+
+
+class InputConfig(Settings):
+    """Where the assets are listed."""
+
+    uri: str = Field(
+        min_length=1, description="prefix, single file, manifest or tar shard; any fsspec URI"
+    )
+    kind: Literal["auto", "prefix", "file", "manifest", "tar"] = Field(
+        "auto", description="auto: by the URI's extension; anything without a known one is a prefix"
+    )
+    include: tuple[str, ...] = Field(
+        (), description="globs below the prefix; default: the task's own file types"
+    )
+    exclude: tuple[str, ...] = ()
+    uri_column: str = Field("uri", description="manifest: the column that names the file")
+    id_column: str | None = Field(None, description="manifest: carried into results as source_id")
+    variable_columns: tuple[str, ...] = Field(
+        (), description="manifest: columns that prompt.text may use as {name}"
+    )
+    version_column: str | None = Field(
+        None, description="manifest: an etag or a date; a new value makes a new asset"
+    )
+    stat: bool = Field(
+        True,
+        description="manifest without version_column: ask the store for each file's version; one"
+        " request a file, so turn it off for very long lists of files that never change",
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="handed to fsspec, for example {endpoint_url: ...}"
+    )
+    allow_empty: bool = Field(
+        False, description="finish quietly where nothing matches, instead of refusing the run"
+    )
+
+
+class OutputConfig(Settings):
+    """The folder that DESIGN calls OUTPUT."""
+
+    uri: str = Field(min_length=1)
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class EngineConfig(Settings):
+    """How vLLM is run. Defaults suit the 12B in bf16 on an 80 GB card."""
+
+    max_num_seqs: int = Field(
+        256, ge=1, le=4096, description="requests decoded together; KV memory allows about 600 captions"
+    )
+    max_num_batched_tokens: int = Field(
+        8192, ge=512, description="prefill tokens a step: about 28 images at 280 tokens"
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1 << 20, description="CPU engine: memory of its KV cache; default 1 GiB"
+    )
+    enforce_eager: bool = Field(
+        False, description="no CUDA graphs: a quicker start, slower decoding"
+    )
+    stall_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="no token for so long while requests are open: the actor ends and is replaced;"
+        " well above a cold start's graph capture",
+    )
+    load_format: str = Field("auto", description="as vLLM names it, for example dummy in a dry run")
+
+
+class ResourcesConfig(Settings):
+    """How much of the cluster. None: derived in pipeline/compute.py from cluster and model."""
+
+    engines: int | None = Field(None, ge=1, description="GPU actors; default: one a GPU")
+    media_workers: int | None = Field(None, ge=1, description="at most so many media tasks at once")
+    rows_per_block: int | None = Field(None, ge=1, le=4096)
+
+
+class LimitsConfig(Settings):
+    """When to stop, and what to do again."""
+
+    max_assets: int | None = Field(None, ge=1, description="take only the first so many, for a trial")
+    max_failed_fraction: float = Field(
+        0.05, ge=0, le=1, description="more failures than this end the run with exit code 3"
+    )
+    retry_failed: bool = Field(False, description="ask again for spans that a former run sealed as failed")
+
+
+class Job(Settings):
+    """One job file."""
+
+    task: Literal["caption", "custom"]
+    input: InputConfig
+    output: OutputConfig
+    model: ModelSettings
+    prompt: PromptSettings = PromptSettings()
+    image: ImageSettings = ImageSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    fetch: FetchSettings = FetchSettings()
+    engine: EngineConfig = EngineConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="after")
+    def _task_has_a_prompt(self) -> Job:
+        if self.task == "custom" and self.prompt.text is None:
+            raise ValueError("task custom needs prompt.text")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that changes an answer, and nothing else."""
+        asked = {
+            name: _asked(getattr(self, name)) for name in ("model", "prompt", "image", "sampling")
+        }
+        asked |= {"task": self.task, "semantics": SEMANTICS_VERSION}
+        text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def public(self) -> dict[str, Any]:
+        """The resolved job as plain JSON, secrets replaced by `***`."""
+        cleaned: dict[str, Any] = _without_secrets(self.model_dump(mode="json"))
+        return cleaned
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file and apply `section.field=value` overrides (values are YAML).
+
+    Raises ConfigError, with one line for each field that is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold fields such as task, input and output")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Job.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{path}:", *_explain(error)])) from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {override}: must be section.field=value")
+    *sections, field = name.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {section} is not a section")
+        data = inner
+    try:
+        data[field] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or "job"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            yield f"  {field}: missing"
+        elif problem["type"] == "extra_forbidden":
+            yield f"  {field}: no such field; allowed here: {', '.join(_fields(problem['loc']))}"
+        elif isinstance(problem["input"], dict):
+            yield f"  {field}: {message}"
+        elif _is_secret(str(problem["loc"][-1]) if problem["loc"] else ""):
+            yield f"  {field}: {message}; got ***"
+        else:
+            yield f"  {field}: {message}; got {problem['input']!r}"
+
+
+def _fields(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Job
+    for part in loc[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return sorted(model.model_fields)
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        extra = field.json_schema_extra
+        if not (isinstance(extra, Mapping) and extra.get("asks") is False):
+            asked[name] = getattr(settings, name)
+    return asked
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(item, name) for item in value]
+    if isinstance(value, str):
+        if _is_secret(name):
+            return "***"
+        return re.sub(r"(?<=://)[^/@\s]+@", "***@", value)
+    return value
+
+
+def _is_secret(name: str) -> bool:
+    return name not in PUBLIC_NAMES and SECRET_NAME.search(name) is not None
