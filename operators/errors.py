@@ -21,7 +21,8 @@ class Failure:
 
 
 FAILURES: dict[str, Failure] = {
-    "fetch.not_found": Failure("the store has no such object", transient=True),
+    # Sealed: a file that appears later has another version, so it is another asset.
+    "fetch.not_found": Failure("the store has no such object"),
     "fetch.forbidden": Failure("the store refused the credentials", transient=True),
     "fetch.too_large": Failure("the object is larger than fetch.max_bytes"),
     "fetch.timeout": Failure("the store did not answer within fetch.timeout_s", transient=True),
@@ -35,13 +36,14 @@ FAILURES: dict[str, Failure] = {
     "decode.crashed": Failure("the decoder process died on this file"),
     "decode.out_of_memory": Failure("decoding needed more than image.max_memory_bytes"),
     "prepare.aspect_ratio": Failure("the sides are so unequal that no patch grid fits the budget"),
-    "prepare.bad_variable": Failure("a prompt variable is missing, too long or holds a control token"),
+    "prepare.bad_variable": Failure(
+        "a prompt variable is missing, too long or holds a control token"
+    ),
     "prepare.too_long": Failure("prompt and media exceed model.max_model_len"),
     "generate.looped": Failure("the answer repeated itself"),
     "generate.truncated": Failure("the answer hit sampling.max_tokens"),
     "generate.rejected": Failure("the engine refused the request"),
     "generate.engine_killed": Failure("the engine died twice while this row was in it"),
-    "parse.invalid_json": Failure("the answer is not JSON of the asked form"),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from operators.prompt import Preset, instruction, variables_in
 from operators.settings import (
     FetchSettings,
     ImageSettings,
@@ -24,9 +25,13 @@ from operators.settings import (
     SamplingSettings,
     Settings,
 )
+from operators.stores import redact
 
 # Raised whenever our own code changes what an answer means: a new resize, another prompt form.
 SEMANTICS_VERSION = 1
+
+# What a task asks where the job names no prompt.
+DEFAULT_PRESET = {"caption": "caption-dense", "custom": ""}
 
 SECRET_NAME = re.compile(
     r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
@@ -139,17 +144,47 @@ class Job(Settings):
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")
-    def _task_has_a_prompt(self) -> Job:
+    def _prompt_fits(self) -> Job:
+        """Rules that span sections, so that a wrong job ends here and not on a cluster."""
         if self.task == "custom" and self.prompt.text is None:
-            raise ValueError("task custom needs prompt.text")
+            raise ValueError("prompt.text: task custom needs one")
+        names = self.input.variable_columns
+        if unknown := sorted(variables_in(self.instruction.text) - set(names)):
+            raise ValueError(
+                f"prompt.text uses {{{unknown[0]}}}, which input.variable_columns does not name;"
+                f" allowed: {', '.join(names) or 'none'}"
+            )
+        if self.answer_tokens + self.image.max_soft_tokens + 2 >= self.model.max_model_len:
+            raise ValueError(
+                f"model.max_model_len: {self.model.max_model_len} has no room for an answer of"
+                f" {self.answer_tokens} tokens beside {self.image.max_soft_tokens} of an image"
+            )
         return self
+
+    @property
+    def prompt_name(self) -> str:
+        """The preset's name, or custom."""
+        return "custom" if self.prompt.text else self.prompt.preset or DEFAULT_PRESET[self.task]
+
+    @property
+    def instruction(self) -> Preset:
+        """The resolved instruction."""
+        return instruction(self.prompt, DEFAULT_PRESET[self.task])
+
+    @property
+    def answer_tokens(self) -> int:
+        """How long an answer may get."""
+        return self.sampling.max_tokens or self.instruction.max_tokens
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes an answer, and nothing else."""
-        asked = {
-            name: _asked(getattr(self, name)) for name in ("model", "prompt", "image", "sampling")
+        asked: dict[str, Any] = {
+            name: _asked(getattr(self, name)) for name in ("model", "image", "sampling")
         }
+        # The resolved prompt, so that a default and its name are the same question.
+        asked["prompt"] = [self.instruction.text, self.prompt_name]
+        asked["sampling"]["max_tokens"] = self.answer_tokens
         asked |= {"task": self.task, "semantics": SEMANTICS_VERSION}
         text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -209,7 +244,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"  {field}: no such field; allowed here: {', '.join(_fields(problem['loc']))}"
         elif isinstance(problem["input"], dict):
             yield f"  {field}: {message}"
-        elif _is_secret(str(problem["loc"][-1]) if problem["loc"] else ""):
+        elif "storage_options" in problem["loc"] or _is_secret(field.rpartition(".")[2]):
             yield f"  {field}: {message}; got ***"
         else:
             yield f"  {field}: {message}; got {problem['input']!r}"
@@ -242,7 +277,7 @@ def _without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if _is_secret(name):
             return "***"
-        return re.sub(r"(?<=://)[^/@\s]+@", "***@", value)
+        return redact(value)
     return value
 
 

@@ -1,0 +1,134 @@
+"""The command line: `polyscribe run | plan | verify`, the same as `python -m jobs`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from pipeline.config import ConfigError, Job, load_job
+
+# What a scheduler can tell apart.
+FINISHED, BROKEN, REFUSED, TOO_MANY_FAILED, STOPPED = 0, 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    console = Console(soft_wrap=True)
+    try:
+        code: int = options.command(options, console)
+    except ConfigError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("stopped: what is finished is committed; run again to do the rest", file=sys.stderr)
+        return STOPPED
+    return code
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    from jobs.table import print_answers
+    from pipeline.assemble import LostSpansError
+    from pipeline.run import BrokenRunError, run
+    from pipeline.source import SourceError
+
+    job = load_job(options.job, options.set)
+    try:
+        finished = run(job, console)
+    except SourceError as error:
+        return _refuse(str(error))
+    except (BrokenRunError, LostSpansError) as error:
+        print(error, file=sys.stderr)
+        return BROKEN
+    if options.show:
+        print_answers(job, console, options.show)
+    assets = finished.accounts["assets"]
+    console.print(
+        f"{'finished' if finished.did_work else 'nothing new to do'}: {assets['found']:,} assets ="
+        f" {assets['ok']:,} ok + {assets['empty']:,} empty + {assets['partial']:,} partial"
+        f" + {assets['failed']:,} failed\nresults  {finished.folder.url('results')}\n"
+        f"report   {finished.folder.url('report.html')}",
+        highlight=False,
+    )
+    if finished.failed_fraction > job.limits.max_failed_fraction:
+        print(
+            f"{finished.failed_fraction:.1%} failed; limits.max_failed_fraction is"
+            f" {job.limits.max_failed_fraction:.1%}. See {finished.folder.url('failures')}",
+            file=sys.stderr,
+        )
+        return TOO_MANY_FAILED
+    return FINISHED
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.preview import preview
+    from pipeline.source import SourceError
+
+    try:
+        preview(load_job(options.job, options.set), console)
+    except SourceError as error:
+        return _refuse(str(error))
+    return FINISHED
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.verify import verify
+
+    problems, accounts = verify(options.output, options.storage_options)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return BROKEN
+    assets: dict[str, Any] = accounts["assets"]
+    console.print(
+        f"whole: {accounts['result_rows']:,} results; last input {assets['found']:,} assets",
+        highlight=False,
+    )
+    return FINISHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="polyscribe", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("run", _run, "do what is left of a job"),
+        ("plan", _plan, "count what a run would do; starts no engine"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("job", metavar="JOB.yaml")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="section.field=value",
+            help="override one field of the job (may be repeated)",
+        )
+        if name == "run":
+            sub.add_argument(
+                "--show", type=int, default=20, metavar="N", help="print the first N answers (20)"
+            )
+    sub = commands.add_parser("verify", help="check that an output is whole")
+    sub.set_defaults(command=_verify)
+    sub.add_argument("output", metavar="OUTPUT")
+    sub.add_argument(
+        "--storage-options",
+        type=yaml.safe_load,
+        default={},
+        metavar="YAML",
+        help="for fsspec, for example '{endpoint_url: http://...}'",
+    )
+    return parser
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

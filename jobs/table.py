@@ -1,0 +1,38 @@
+"""A table of file and answer, for a person at a terminal."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.assemble import RESULTS_FOLDER, read_marker, read_part
+from pipeline.config import Job
+from pipeline.run import folder_store
+
+
+def print_answers(job: Job, console: Console, rows: int) -> None:
+    """The first `rows` results, failures with their code."""
+    folder = folder_store(job)
+    marker = read_marker(folder) or {"files": []}
+    table = Table(show_lines=False, expand=True)
+    table.add_column("file", ratio=1, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    table.add_column("answer", ratio=3, overflow="fold")
+    left = rows
+    for item in marker["files"]:
+        if not item["name"].startswith(RESULTS_FOLDER) or left <= 0:
+            continue
+        answers = read_part(folder, item["name"], ["uri", "status", "text", "error_code"])
+        for answer in answers.slice(0, left).to_pylist():
+            # Text, not markup: a model's answer may hold square brackets.
+            table.add_row(
+                Text(PurePosixPath(answer["uri"]).name),
+                answer["status"],
+                Text(answer["text"] or answer["error_code"] or ""),
+            )
+        left -= min(left, answers.num_rows)
+    if table.row_count:
+        console.print(table)

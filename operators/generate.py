@@ -1,0 +1,213 @@
+"""The engine actor's batch callable: finished tensors in, answers out.
+
+Many calls run at once on threads of one actor; each submits its rows and waits for them, so calls x
+rows is the number of requests in flight. Which rows are in the engine is written down outside the
+process before they enter it (`Strikes`): when the process dies, its successor charges them, runs them
+alone, and gives up a row that killed the engine twice.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from operators.engine import Answer, ImageRequest, RawImageRequest, Request, TextEngine
+from operators.errors import MediaError
+from operators.prompt import Prompt
+from operators.schema import ANSWERS, PREPARED
+
+MAX_STRIKES = 2
+
+
+class Strikes(Protocol):
+    """Remembers, outside the actor, which rows were in the engine when it died."""
+
+    def counts(self, span_ids: Sequence[str]) -> list[int]: ...
+    def begin(self, span_ids: Sequence[str]) -> None: ...
+    def end(self, span_ids: Sequence[str]) -> None: ...
+
+
+class Generate:
+    """Batch callable: PREPARED -> ANSWERS, row for row. Owns the engine.
+
+    `report` gets the engine's usage after each batch. Called from many threads.
+    """
+
+    def __init__(
+        self,
+        engine: Callable[[], TextEngine],
+        prompt: Prompt,
+        strikes: Callable[[], Strikes],
+        report: Callable[[dict[str, float]], None] = lambda usage: None,
+    ) -> None:
+        self._prompt = prompt
+        self._report = report
+        self._strikes = strikes()
+        self._gate = Gate()
+        self._engine = engine()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        table = table.cast(PREPARED)
+        work = [index for index, code in enumerate(table["error_code"].to_pylist()) if code is None]
+        ids = table["span_id"].take(pa.array(work, pa.int64())).to_pylist()
+        strikes = dict(zip(work, self._strikes.counts(ids) if ids else [], strict=True))
+        answers: dict[int, _Outcome] = {}
+        clean = [index for index in work if strikes[index] == 0]
+        if clean:
+            with self._gate.shared():
+                answers |= self._ask(table, clean)
+        for index in work:
+            if strikes[index] >= MAX_STRIKES:
+                answers[index] = _Outcome(
+                    error=MediaError(
+                        "generate.engine_killed",
+                        f"the engine died {strikes[index]} times while this row was in it",
+                    )
+                )
+            elif strikes[index] > 0:
+                with self._gate.alone():
+                    answers |= self._ask(table, [index])
+        self._report(self._engine.usage())
+        return _answered(table, answers)
+
+    def close(self) -> None:
+        """End the engine in order."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+    def __del__(self) -> None:
+        # Ray Data deletes the callable when it releases the actor: the last chance to shut down.
+        self.close()
+
+    def _ask(self, table: pa.Table, indices: list[int]) -> dict[int, _Outcome]:
+        rows = {index: _row(table, index) for index in indices}
+        ids = [row["span_id"] for row in rows.values()]
+        self._strikes.begin(ids)
+        started = time.monotonic()
+        waiting = {
+            index: [self._engine.submit(request) for request in self._requests(row)]
+            for index, row in rows.items()
+        }
+        answers = {index: _collect(futures, started) for index, futures in waiting.items()}
+        self._strikes.end(ids)
+        return answers
+
+    def _requests(self, row: dict[str, Any]) -> Iterator[Request]:
+        """One request a window, over views of the object store's memory."""
+        for token_ids, media, columns, rows, media_hash in zip(
+            row["window_tokens"],
+            row["window_media"],
+            row["window_columns"],
+            row["window_rows"],
+            row["window_media_hash"],
+            strict=True,
+        ):
+            if columns == 0:  # render: engine
+                yield RawImageRequest(
+                    self._prompt.raw(json.loads(row["variables"] or "{}")), media.to_pybytes()
+                )
+            else:
+                patches = np.frombuffer(media, dtype=np.uint8).reshape(columns * rows, -1)
+                yield ImageRequest(
+                    token_ids,
+                    self._prompt.placeholder(token_ids),
+                    patches,
+                    columns,
+                    rows,
+                    media_hash,
+                )
+
+
+class _Outcome:
+    def __init__(
+        self,
+        answers: list[Answer] | None = None,
+        error: MediaError | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        self.answers = answers
+        self.error = error
+        self.seconds = seconds
+
+
+class Gate:
+    """Many shared holders or one alone. Who wants to be alone goes before new shared ones."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._shared = 0
+        self._alone = False
+        self._want_alone = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone and not self._want_alone)
+            self._shared += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._shared -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._want_alone += 1
+            self._changed.wait_for(lambda: not self._alone and not self._shared)
+            self._want_alone -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = False
+                self._changed.notify_all()
+
+
+def _row(table: pa.Table, index: int) -> dict[str, Any]:
+    names = ("span_id", "variables", "window_tokens", "window_columns", "window_rows")
+    row = {name: table[name][index].as_py() for name in (*names, "window_media_hash")}
+    # Not as_py: that would copy megabytes of patches into bytes objects.
+    row["window_media"] = [media.as_buffer() for media in table["window_media"][index].values]
+    return row
+
+
+def _collect(futures: list[Future[Answer]], started: float) -> _Outcome:
+    """Wait for a row's windows; the first refusal is the row's."""
+    answers: list[Answer] = []
+    error: MediaError | None = None
+    for future in futures:
+        try:
+            answers.append(future.result())
+        except MediaError as refused:
+            error = error or refused
+    seconds = time.monotonic() - started
+    return _Outcome(None if error else answers, error, seconds)
+
+
+def _answered(table: pa.Table, outcomes: dict[int, _Outcome]) -> pa.Table:
+    columns = {name: table[name] for name in ANSWERS.names if name in table.column_names}
+    errors = {name: table[name].to_pylist() for name in ANSWERS.names if name.startswith("error_")}
+    answers: list[list[dict[str, Any]] | None] = [None] * table.num_rows
+    seconds: list[float | None] = [None] * table.num_rows
+    for index, outcome in outcomes.items():
+        seconds[index] = outcome.seconds
+        if outcome.answers is not None:
+            answers[index] = [vars(answer) for answer in outcome.answers]
+        if outcome.error is not None:
+            errors["error_code"][index] = outcome.error.code
+            errors["error_stage"][index] = outcome.error.stage
+            errors["error_message"][index] = outcome.error.message
+    columns |= errors
+    columns |= {"window_answers": answers, "generate_s": seconds}
+    return pa.table([columns[name] for name in ANSWERS.names], schema=ANSWERS)

@@ -1,0 +1,268 @@
+"""Spans to results: reconcile, one row an asset, failures, then the marker, last.
+
+Results grow: a run writes rows for the assets it touched, and only those older parts that hold a row it
+replaces (a failure asked again, changed bytes under an old URI) are written anew. A reader who goes by
+_SUCCESS sees one state or the next, never a mixture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from operators.schema import FAILED, RESULTS
+from pipeline import ledger
+from pipeline.config import Job
+from pipeline.parts import Part, parquet_bytes, part
+from pipeline.plan import Plan
+from pipeline.store import Store
+
+MARKER = "_SUCCESS"
+RESULTS_FOLDER, FAILURES_FOLDER = "results", "failures"
+ROWS_A_PART = 65_536
+
+
+class LostSpansError(Exception):
+    """The ledger and the plan do not agree. Nothing was assembled."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What the marker lists."""
+
+    parts: tuple[Part, ...]
+    accounts: dict[str, Any]
+    runs: tuple[str, ...]
+    changed: bool
+
+
+def read_marker(store: Store) -> dict[str, Any] | None:
+    """The last finished state of this fingerprint, or None."""
+    try:
+        marker: dict[str, Any] = json.loads(store.read(MARKER))
+    except FileNotFoundError:
+        return None
+    return marker
+
+
+def reconcile(db: duckdb.DuckDBPyConnection) -> None:
+    """Every planned span must be in the ledger. Raises LostSpansError with the first ones missing."""
+    missing = db.execute(
+        "SELECT span_id, uri FROM todo ANTI JOIN ledger USING (span_id) ORDER BY place LIMIT 5"
+    ).fetchall()
+    if missing:
+        (total,) = db.execute(
+            "SELECT count(*) FROM todo ANTI JOIN ledger USING (span_id)"
+        ).fetchall()[0]
+        rows = ", ".join(f"{span_id} ({uri})" for span_id, uri in missing)
+        raise LostSpansError(
+            f"{total} planned spans are not in the ledger, for example {rows}."
+            " Run the job again: it does the missing ones"
+        )
+
+
+def assemble(
+    job: Job,
+    db: duckdb.DuckDBPyConnection,
+    store: Store,
+    plan: Plan,
+) -> Assembly:
+    """Bring results and failures up to date with the ledger. Writes parts, not the marker."""
+    marker = read_marker(store)
+    base = [Part(**entry) for entry in marker["files"]] if marker else []
+    runs = list(marker["runs"]) if marker else []
+    _load_base(db, store, base)
+    db.execute(
+        """CREATE OR REPLACE TABLE touched AS
+        SELECT asset_id, min(place) AS place FROM found JOIN ledger USING (asset_id)
+        WHERE NOT list_contains($runs, run_id) OR asset_id NOT IN (SELECT asset_id FROM base)
+        GROUP BY asset_id""",
+        {"runs": runs},
+    )
+    # Rows that leave: replaced now, or an older version of a file that is listed with another one.
+    db.execute(
+        """CREATE OR REPLACE TABLE leaving AS
+        SELECT asset_id FROM base SEMI JOIN touched USING (asset_id)
+        UNION
+        SELECT base.asset_id FROM base
+        JOIN found ON base.uri = found.uri AND base.source_id IS NOT DISTINCT FROM found.source_id
+        WHERE base.asset_id NOT IN (SELECT asset_id FROM found)"""
+    )
+    parts = list(_carry_over(db, store, base, plan.run_id))
+    parts += _write(db, store, RESULTS_FOLDER, plan.run_id, _results_query(), RESULTS, {
+        "model": job.model.id, "revision": job.model.revision, "prompt": job.prompt_name,
+    })
+    parts += _write(db, store, FAILURES_FOLDER, plan.run_id, _failures_query(), FAILED, {})
+    return Assembly(
+        parts=tuple(parts),
+        accounts=_accounts(db, store, plan, parts),
+        runs=tuple(dict.fromkeys([*runs, *_new_runs(db)])),
+        changed=marker is None or parts != base,
+    )
+
+
+def write_marker(store: Store, run_id: str, assembly: Assembly) -> None:
+    """Publish an assembly: the marker, then away with the parts it no longer lists."""
+    marker = {
+        "run_id": run_id,
+        "runs": assembly.runs,
+        "accounts": assembly.accounts,
+        "files": [item.json() for item in assembly.parts],
+    }
+    store.write(MARKER, json.dumps(marker, indent=1).encode())
+    listed = {item.name for item in assembly.parts}
+    for folder in (RESULTS_FOLDER, FAILURES_FOLDER):
+        store.delete([name for name in store.names(folder) if name not in listed])
+
+
+def _load_base(db: duckdb.DuckDBPyConnection, store: Store, base: list[Part]) -> None:
+    db.execute(
+        "CREATE OR REPLACE TABLE base (asset_id VARCHAR, uri VARCHAR, source_id VARCHAR, name VARCHAR)"
+    )
+    for item in base:
+        if item.name.startswith(RESULTS_FOLDER):
+            rows = read_part(store, item.name, ["asset_id", "uri", "source_id"])
+            db.register("batch", rows)
+            db.execute("INSERT INTO base SELECT *, $name FROM batch", {"name": item.name})
+
+
+def _carry_over(
+    db: duckdb.DuckDBPyConnection, store: Store, base: list[Part], run_id: str
+) -> Iterator[Part]:
+    """The older parts: as they are, or written anew without the rows that leave."""
+    for place, item in enumerate(base):
+        ids = read_part(store, item.name, ["asset_id"])
+        db.register("batch", ids)
+        (gone,) = db.execute(
+            "SELECT count(*) FROM batch SEMI JOIN leaving USING (asset_id)"
+        ).fetchall()[0]
+        if not gone:
+            yield item
+        elif gone < item.rows:
+            db.register("batch", read_part(store, item.name))
+            kept = db.sql("SELECT * FROM batch ANTI JOIN leaving USING (asset_id)")
+            schema = RESULTS if item.name.startswith(RESULTS_FOLDER) else FAILED
+            table = kept.to_arrow_table().select(schema.names).cast(schema)
+            folder = item.name.partition("/")[0]
+            yield _put(store, f"{folder}/{run_id}-kept-{place:06d}.parquet", table)
+
+
+def _write(
+    db: duckdb.DuckDBPyConnection,
+    store: Store,
+    folder: str,
+    run_id: str,
+    query: str,
+    schema: pa.Schema,
+    values: dict[str, str],
+) -> Iterator[Part]:
+    reader = db.sql(query, params=values).to_arrow_reader(ROWS_A_PART)
+    for place, batch in enumerate(reader):
+        table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+        yield _put(store, f"{folder}/{run_id}-{place:06d}.parquet", table)
+
+
+def _put(store: Store, name: str, table: pa.Table) -> Part:
+    data = parquet_bytes(table)
+    store.write(name, data)
+    return part(name, table, data)
+
+
+def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+    """One part of results or failures."""
+    filesystem, root = store.arrow()
+    return pq.read_table(f"{root}/{name}", columns=columns, filesystem=filesystem)
+
+
+def _results_query() -> str:
+    """One row an asset of `touched`, from the one state of each of its spans."""
+    return f"""
+    WITH spans AS (
+        SELECT * FROM ledger_parts SEMI JOIN touched USING (asset_id) {ledger.ONE_STATE}
+    )
+    SELECT asset_id, any_value(uri) AS uri, any_value(source_id) AS source_id,
+        any_value(version) AS version, any_value(modality) AS modality,
+        CASE WHEN bool_and(status = 'failed') THEN 'failed'
+             WHEN bool_or(status = 'failed') THEN 'partial'
+             WHEN bool_and(status = 'empty') THEN 'empty' ELSE 'ok' END AS status,
+        string_agg(text, ' ' ORDER BY span_index) AS text,
+        any_value(language) AS language,
+        flatten(list(segments ORDER BY span_index) FILTER (segments IS NOT NULL)) AS segments,
+        any_value(structured) AS structured,
+        any_value(width_px) AS width_px, any_value(height_px) AS height_px,
+        any_value(duration_s) AS duration_s,
+        $model AS model, $revision AS model_revision, $prompt AS prompt_name,
+        arg_max(finish_reason, span_index) AS finish_reason,
+        sum(prompt_tokens)::BIGINT AS prompt_tokens, sum(media_tokens)::BIGINT AS media_tokens,
+        sum(output_tokens)::BIGINT AS output_tokens,
+        arg_min(error_code, span_index) AS error_code,
+        arg_min(error_stage, span_index) AS error_stage,
+        arg_min(error_message, span_index) AS error_message,
+        max(attempts) AS attempts, max(run_id) AS run_id
+    FROM spans JOIN touched USING (asset_id)
+    GROUP BY asset_id ORDER BY min(place)"""
+
+
+def _failures_query() -> str:
+    return f"""
+    SELECT {", ".join(FAILED.names)} FROM (
+        SELECT * FROM ledger_parts SEMI JOIN touched USING (asset_id) {ledger.ONE_STATE}
+    ) JOIN (SELECT asset_id, place FROM touched) USING (asset_id)
+    WHERE status = 'failed' ORDER BY place, span_index"""
+
+
+def _new_runs(db: duckdb.DuckDBPyConnection) -> list[str]:
+    return [run for (run,) in db.execute("SELECT DISTINCT run_id FROM ledger ORDER BY 1").fetchall()]
+
+
+def _accounts(
+    db: duckdb.DuckDBPyConnection, store: Store, plan: Plan, parts: list[Part]
+) -> dict[str, Any]:
+    """Spans and assets of this run's input, counted from what was written. They close or it raises."""
+    db.execute("CREATE OR REPLACE TABLE stated (asset_id VARCHAR, status VARCHAR)")
+    for item in parts:
+        if item.name.startswith(RESULTS_FOLDER):
+            db.register("batch", read_part(store, item.name, ["asset_id", "status"]))
+            db.execute("INSERT INTO stated SELECT * FROM batch")
+    assets = _by_status(db, "stated SEMI JOIN found USING (asset_id)")
+    spans = _by_status(db, "ledger SEMI JOIN found USING (asset_id)")
+    if sum(assets.values()) != plan.assets or sum(spans.values()) != plan.spans:
+        raise LostSpansError(
+            f"the accounts do not close: {plan.assets} assets found, {assets} in results;"
+            f" {plan.spans} spans planned, {spans} in the ledger"
+        )
+    failures = db.execute(
+        """SELECT error_code, count(*) FROM (
+            SELECT span_id, status, finished_at, error_code FROM ledger_parts
+            SEMI JOIN found USING (asset_id) """
+        + ledger.ONE_STATE
+        + """) WHERE status = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1"""
+    ).fetchall()
+    (rows,) = db.execute("SELECT count(*) FROM stated").fetchall()[0]
+    states = ("ok", "empty", "failed")
+    return {
+        "assets": {
+            "found": plan.assets,
+            **{state: assets.get(state, 0) for state in ("ok", "empty", "partial", "failed")},
+        },
+        "spans": {"planned": plan.spans, **{state: spans.get(state, 0) for state in states}},
+        "failures_by_code": dict(failures),
+        "done_now": plan.spans_todo,
+        "done_before": plan.spans - plan.spans_todo,
+        "duplicates": plan.duplicates,
+        "skipped": plan.skipped,
+        # rows of assets that earlier runs found and this one did not list are kept
+        "result_rows": rows,
+    }
+
+
+def _by_status(db: duckdb.DuckDBPyConnection, table: str) -> dict[str, int]:
+    return dict(
+        db.execute(f"SELECT status, count(*) FROM {table} GROUP BY status").fetchall()
+    )

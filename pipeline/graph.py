@@ -1,0 +1,107 @@
+"""The way of a row, top to bottom. Read this first.
+
+    source    prefix, glob, manifest, tar shards      -> assets              pipeline/source.py
+    plan      spans, minus those in the ledger        -> plan/*.parquet      pipeline/plan.py
+    fetch     bounded, retried, ahead of the decoder  -> bytes               operators/fetch.py
+    decode    in a child process                      -> pixels              operators/decode_image.py
+    prepare   patchify, prompt, hash                  -> uint8 patches, ids  operators/patchify.py, prompt.py
+    generate  vLLM in an engine actor                 -> text                operators/generate.py, engine.py
+    parse     loop, truncation and empty checks       -> fields or a code    operators/parse.py
+    sink      one atomic object a write task          -> ledger/*.parquet    pipeline/ledger.py
+    assemble  results, failures, report               -> the marker, last    pipeline/assemble.py
+
+Fetch, decode and prepare are one stage: the bytes of a file never cross the object store, its patches
+do so once. Nothing between plan and sink multiplies or drops a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import ray.actor
+import ray.data
+
+from operators.engine import Engine, EngineOptions, TextEngine
+from operators.fetch import Fetch
+from operators.generate import Generate
+from operators.media import Media
+from operators.parse import Parse
+from operators.prompt import Prompt
+from pipeline.compute import Compute
+from pipeline.config import Job
+from pipeline.progress import Reporter
+from pipeline.store import Store
+from pipeline.strikes import ActorStrikes
+
+
+def way(
+    job: Job,
+    store: Store,
+    plan_parts: tuple[str, ...],
+    prompt: Prompt,
+    engine: Callable[[], TextEngine],
+    run_id: str,
+    compute: Compute,
+    book: ray.actor.ActorHandle,
+    reporter: Reporter,
+) -> ray.data.Dataset:
+    """From the plan's parts to ledger rows. Nothing runs until the sink pulls."""
+    filesystem, root = store.arrow()
+    media = Media(
+        fetch=Fetch(job.fetch, job.input.storage_options),
+        image=job.image,
+        prompt=prompt,
+        render=job.model.render,
+        concurrency=job.fetch.concurrency,
+    )
+    plan = ray.data.read_parquet(
+        [f"{root}/{name}" for name in plan_parts], filesystem=filesystem
+    )
+    return (
+        plan.repartition(target_num_rows_per_block=compute.rows_per_block)
+        .map_batches(
+            media,
+            batch_size=compute.rows_per_block,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=compute.media_workers),
+            num_cpus=1,
+        )
+        .map_batches(
+            Generate,
+            fn_constructor_kwargs={
+                "engine": engine,
+                "prompt": prompt,
+                "strikes": partial(ActorStrikes, book),
+                "report": reporter.usage,
+            },
+            batch_size=compute.rows_per_block,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=compute.engines,
+                max_concurrent_calls_per_actor=compute.calls_per_engine,
+                enable_true_multi_threading=True,
+                max_tasks_in_flight_per_actor=compute.calls_per_engine + 2,
+            ),
+            num_cpus=compute.engine_cpus,
+            num_gpus=compute.engine_gpus or None,
+        )
+        .map_batches(
+            Parse(run_id, job.prompt_name),
+            batch_size=None,
+            batch_format="pyarrow",
+            # Not 1: a stage with the engine's own share would be fused into its actor.
+            num_cpus=0.25,
+        )
+    )
+
+
+def vllm_engine(job: Job) -> Callable[[], TextEngine]:
+    """What each engine actor starts: vLLM with the job's model and settings."""
+    options = EngineOptions(
+        modality="image",
+        max_soft_tokens=job.image.max_soft_tokens,
+        answer_tokens=job.answer_tokens,
+        **job.engine.model_dump(),
+    )
+    return partial(Engine, job.model, job.sampling, options)

@@ -1,0 +1,104 @@
+"""The ledger: finished spans, one atomic Parquet object a write task.
+
+    LedgerSink   Ray Data's last stage: commits rows as they finish
+    load         all of a fingerprint's ledger into DuckDB, each span in one state
+
+A part's name comes from run and task, so a write task that is retried replaces its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+from ray.data.datasource import Datasink
+
+from operators.schema import LEDGER
+from pipeline.parts import parquet_bytes
+from pipeline.store import Store
+
+FOLDER = "ledger"
+
+# A span that came twice (a node was lost after the commit, or a failure was asked again) counts once:
+# the better state, then the newer.
+ONE_STATE = """
+    QUALIFY row_number() OVER (
+        PARTITION BY span_id
+        ORDER BY CASE status WHEN 'ok' THEN 0 WHEN 'empty' THEN 1 ELSE 2 END, finished_at DESC
+    ) = 1
+"""
+
+SUMS = ("fetch_s", "decode_s", "prepare_s", "generate_s")
+TOKENS = ("prompt_tokens", "media_tokens", "output_tokens")
+
+
+class LedgerSink(Datasink[int]):
+    """Commits rows to OUTPUT/<fingerprint>/ledger. `report` gets the counts of each part."""
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        rows_per_part: int,
+        report: Callable[[dict[str, float]], None],
+    ) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._rows_per_part = rows_per_part
+        self._report = report
+
+    @property
+    def min_rows_per_write(self) -> int:
+        return self._rows_per_part
+
+    def write(self, blocks: Iterable[pa.Table], ctx: Any) -> int:  # noqa: ANN401
+        tables = [block.cast(LEDGER) for block in blocks if block.num_rows]
+        if not tables:
+            return 0
+        table = pa.concat_tables(tables)
+        self._store.write(
+            f"{FOLDER}/{self._run_id}-{ctx.task_idx:06d}.parquet", parquet_bytes(table)
+        )
+        self._report(part_counts(table))
+        return int(table.num_rows)
+
+
+def part_counts(table: pa.Table) -> dict[str, float]:
+    """Rows by status, sums of seconds and tokens: what the live view shows."""
+    status = table["status"]
+    counts = {
+        name: float(pc.sum(pc.equal(status, name)).as_py() or 0)
+        for name in ("ok", "empty", "failed")
+    }
+    return counts | {
+        name: float(pc.sum(table[name]).as_py() or 0) for name in (*SUMS, *TOKENS)
+    }
+
+
+def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
+    """(Re)make the table `ledger`: span ids and states of everything committed so far.
+
+    Texts stay in the store; assembly reads them through the view `ledger_parts`.
+    """
+    names = store.names(FOLDER, ".parquet")
+    filesystem, root = store.arrow()
+    parts = (
+        pads.dataset(
+            [f"{root}/{name}" for name in names],
+            schema=LEDGER,
+            format="parquet",
+            filesystem=filesystem,
+        )
+        if names
+        else LEDGER.empty_table()
+    )
+    db.register("ledger_parts", parts)
+    db.execute(
+        f"""CREATE OR REPLACE TABLE ledger AS
+        SELECT span_id, asset_id, span_count, status, sealed, run_id, finished_at
+        FROM ledger_parts {ONE_STATE}"""
+    )

@@ -1,0 +1,164 @@
+"""What is to do: the assets found now, cut into spans, minus the spans that the ledger has sealed.
+
+The plan lives in DuckDB on the driver's disk (joins over 10^8 ids spill instead of filling memory), and
+the spans to do go to OUTPUT/<fingerprint>/plan as Parquet, from where every worker reads its share.
+
+    tables   found(FOUND + place)         each asset once, in the order of the listing
+             ledger(span_id, status, ..)  pipeline/ledger.py
+             todo(PLAN + place)           spans to do now
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+import pyarrow as pa
+
+from operators.schema import FOUND, PLAN
+from pipeline import ledger
+from pipeline.config import Job
+from pipeline.parts import parquet_bytes
+from pipeline.source import Source
+from pipeline.store import Store
+
+FOLDER = "plan"
+ROWS_A_PART = 16_384
+
+# Extensions that a prefix without input.include takes, by modality.
+EXTENSIONS = {
+    "image": frozenset(
+        {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
+    ),
+}
+MODALITY = {"caption": "image", "custom": "image"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of what was found and what is left."""
+
+    run_id: str
+    assets: int
+    bytes: int
+    duplicates: int
+    skipped: dict[str, int]
+    spans: int
+    spans_todo: int
+    seconds: float
+
+    def line(self) -> str:
+        """Counts for people."""
+        text = (
+            f"{self.assets:,} assets ({self.bytes / 1e6:,.1f} MB), {self.spans:,} spans,"
+            f" {self.spans_todo:,} to do"
+        )
+        if self.duplicates:
+            text += f"; {self.duplicates:,} duplicate rows counted once"
+        for reason, count in sorted(self.skipped.items()):
+            text += f"; passed over: {count:,} {reason}"
+        return text
+
+
+@contextmanager
+def scratch() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB database on local disk, gone at the end. Nothing in it is needed for a resume."""
+    with TemporaryDirectory(prefix="polyscribe-") as folder:
+        db = duckdb.connect(str(Path(folder) / "plan.duckdb"))
+        try:
+            db.execute(f"SET temp_directory = '{folder}/spill'")
+            db.execute("SET preserve_insertion_order = false")
+            db.execute("SET TimeZone = 'UTC'")
+            yield db
+        finally:
+            db.close()
+
+
+def make_plan(
+    job: Job,
+    db: duckdb.DuckDBPyConnection,
+    store: Store,
+    run_id: str,
+    progress: Callable[[int], None] = lambda assets: None,
+) -> Plan:
+    """List, drop duplicates, cut into spans, take away what the ledger has.
+
+    Raises pipeline.source.SourceError where the input cannot be listed.
+    """
+    started = time.monotonic()
+    listed, skipped = _list(job, db, progress)
+    assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")
+    ledger.load(db, store)
+    done = "sealed AND NOT (status = 'failed' AND $retry_failed)"
+    db.execute(
+        f"""CREATE TABLE todo AS
+        SELECT asset_id || '-00000' AS span_id,
+               0::INTEGER AS span_index, 1::INTEGER AS span_count,
+               NULL::DOUBLE AS span_start_s, NULL::DOUBLE AS span_end_s,
+               found.*
+        FROM found ANTI JOIN (
+            SELECT asset_id FROM ledger WHERE {done}
+            GROUP BY asset_id HAVING count(*) = any_value(span_count)
+        ) USING (asset_id)""",
+        {"retry_failed": job.limits.retry_failed},
+    )
+    (todo,) = _one(db, "SELECT count(*) FROM todo")
+    return Plan(
+        run_id=run_id,
+        assets=assets,
+        bytes=size,
+        duplicates=listed - assets,
+        skipped=dict(skipped),
+        spans=assets,
+        spans_todo=todo,
+        seconds=time.monotonic() - started,
+    )
+
+
+def write_plan(db: duckdb.DuckDBPyConnection, store: Store, run_id: str) -> tuple[str, ...]:
+    """Put the spans to do into the store; returns the parts' names, in order."""
+    columns = ", ".join(PLAN.names)
+    reader = db.sql(f"SELECT {columns} FROM todo ORDER BY place").to_arrow_reader(ROWS_A_PART)
+    names: list[str] = []
+    for batch in reader:
+        name = f"{FOLDER}/{run_id}-{len(names):06d}.parquet"
+        store.write(name, parquet_bytes(pa.Table.from_batches([batch]).cast(PLAN)))
+        names.append(name)
+    return tuple(names)
+
+
+def _list(
+    job: Job, db: duckdb.DuckDBPyConnection, progress: Callable[[int], None]
+) -> tuple[int, Counter[str]]:
+    modality = MODALITY[job.task]
+    source = Source(job.input, modality, EXTENSIONS[modality])
+    db.register("empty", FOUND.empty_table())
+    db.execute("CREATE TABLE listed AS SELECT *, 0::BIGINT AS place FROM empty")
+    listed = 0
+    for batch in source.batches():
+        rows = pa.Table.from_batches([batch])
+        if job.limits.max_assets is not None:
+            rows = rows.slice(0, job.limits.max_assets - listed)
+        places = pa.array(range(listed, listed + rows.num_rows), pa.int64())
+        db.register("batch", rows.append_column("place", places))
+        db.execute("INSERT INTO listed SELECT * FROM batch")
+        listed += rows.num_rows
+        progress(listed)
+        if listed == job.limits.max_assets:
+            break
+    db.execute(
+        """CREATE TABLE found AS SELECT * FROM listed
+        QUALIFY row_number() OVER (PARTITION BY asset_id ORDER BY place) = 1"""
+    )
+    db.execute("DROP TABLE listed")
+    return listed, source.skipped
+
+
+def _one(db: duckdb.DuckDBPyConnection, query: str) -> tuple[int, ...]:
+    return tuple(int(value) for value in db.execute(query).fetchall()[0])

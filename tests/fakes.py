@@ -1,0 +1,69 @@
+"""An engine without a model, for tests of the plumbing: it says what it was given."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future
+
+from operators.engine import Answer, ImageRequest, Request
+from operators.errors import MediaError
+
+
+class EchoEngine:
+    """Answers at once with the grid and the mean colour of the patches.
+
+    `deadly`: media hashes that end the process; `refused`: hashes it refuses; `scripted`: answers by hash.
+    """
+
+    def __init__(
+        self,
+        deadly: frozenset[str] = frozenset(),
+        refused: frozenset[str] = frozenset(),
+        scripted: dict[str, Answer] | None = None,
+    ) -> None:
+        self.deadly, self.refused, self.scripted = deadly, refused, scripted or {}
+        self.closed = False
+        self.open = self.most_open = 0
+        self._lock = threading.Lock()
+
+    def submit(self, request: Request) -> Future[Answer]:
+        future: Future[Answer] = Future()
+        assert isinstance(request, ImageRequest)
+        if request.media_hash in self.deadly:
+            os._exit(1)
+        if request.media_hash in self.refused:
+            future.set_exception(MediaError("generate.rejected", "refused"))
+            return future
+        offset, length = request.placeholder
+        assert length == request.columns * request.rows == len(request.patches)
+        red, green, blue = request.patches.reshape(-1, 3).mean(axis=0).round().astype(int)
+        text = f"{request.columns}x{request.rows} {red} {green} {blue}"
+        answer = Answer(text, "stop", len(request.token_ids), length, 3)
+        future.set_result(self.scripted.get(request.media_hash, answer))
+        return future
+
+    def usage(self) -> dict[str, float]:
+        return {"engine_s": 1.0, "idle_s": 0.5, "open_s": 0.5}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class MemoryStrikes:
+    """operators.generate.Strikes in this process, with a record of the calls."""
+
+    def __init__(self, strikes: dict[str, int] | None = None) -> None:
+        self.strikes = strikes or {}
+        self.open: set[str] = set()
+        self.begun: list[tuple[str, ...]] = []
+
+    def counts(self, span_ids: list[str]) -> list[int]:
+        return [self.strikes.get(span_id, 0) for span_id in span_ids]
+
+    def begin(self, span_ids: list[str]) -> None:
+        self.begun.append(tuple(span_ids))
+        self.open |= set(span_ids)
+
+    def end(self, span_ids: list[str]) -> None:
+        self.open -= set(span_ids)

@@ -1,0 +1,135 @@
+"""The engine actor's callable, over an engine without a model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fakes import EchoEngine, MemoryStrikes
+
+from operators.errors import MediaError
+from operators.generate import Gate, Generate
+from operators.prompt import Prompt
+from operators.schema import ANSWERS, PREPARED
+
+PROMPT = Prompt(
+    text="say",
+    rendered="",
+    head=(1, 2),
+    tail=(3,),
+    begin_id=6,
+    media_id=7,
+    end_id=8,
+    control_tokens=(),
+    max_variable_chars=10,
+    max_tokens=100,
+)
+
+
+def row(name: str, columns: int = 2, rows: int = 1, **fields: object) -> dict[str, object]:
+    patches = np.full((columns * rows, 6912), 100, np.uint8)
+    return {
+        "span_id": name,
+        "asset_id": name,
+        "window_tokens": [PROMPT.window(columns * rows)],
+        "window_media": [patches.tobytes()],
+        "window_columns": [columns],
+        "window_rows": [rows],
+        "window_media_hash": [name],
+        **fields,
+    }
+
+
+def table(*rows: dict[str, object]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=PREPARED)
+
+
+def generate(engine: EchoEngine, strikes: MemoryStrikes) -> Generate:
+    return Generate(lambda: engine, PROMPT, lambda: strikes)
+
+
+def test_rows_come_back_in_order_and_without_their_payload() -> None:
+    strikes = MemoryStrikes()
+    out = generate(EchoEngine(), strikes)(table(row("a"), row("b", 3, 2)))
+    assert out.schema.equals(ANSWERS)
+    first, second = out.to_pylist()
+    assert (first["span_id"], first["window_answers"][0]["text"]) == ("a", "2x1 100 100 100")
+    assert second["window_answers"][0]["media_tokens"] == 6
+    assert second["window_answers"][0]["prompt_tokens"] == 6 + 2 + 3
+    assert strikes.begun == [("a", "b")]
+    assert strikes.open == set()
+
+
+def test_a_row_that_failed_before_passes_by_and_one_that_is_refused_costs_only_itself() -> None:
+    failed = row("a", error_code="decode.corrupt", error_stage="decode", error_message="m")
+    failed |= {name: None for name in PREPARED.names if name.startswith("window_")}
+    engine = EchoEngine(refused=frozenset({"b"}))
+    out = generate(engine, MemoryStrikes())(table(failed, row("b"), row("c"))).to_pylist()
+    assert [r["error_code"] for r in out] == ["decode.corrupt", "generate.rejected", None]
+    assert out[0]["window_answers"] is None
+    assert out[1]["error_stage"] == "generate"
+    assert out[2]["window_answers"] is not None
+
+
+def test_a_suspect_runs_alone_and_two_strikes_end_a_row() -> None:
+    strikes = MemoryStrikes({"b": 1, "c": 2})
+    out = generate(EchoEngine(), strikes)(table(row("a"), row("b"), row("c"), row("d"))).to_pylist()
+    assert strikes.begun == [("a", "d"), ("b",)]
+    assert [r["error_code"] for r in out] == [None, None, "generate.engine_killed", None]
+
+
+def test_an_error_that_is_not_the_rows_own_stops_the_call() -> None:
+    class Broken(EchoEngine):
+        def submit(self, request: object) -> object:  # type: ignore[override]
+            raise RuntimeError("no engine")
+
+    with pytest.raises(RuntimeError, match="no engine"):
+        generate(Broken(), MemoryStrikes())(table(row("a")))
+
+
+def test_many_calls_run_at_once() -> None:
+    barrier = threading.Barrier(4, timeout=10)
+
+    class Slow(EchoEngine):
+        def submit(self, request: object) -> object:  # type: ignore[override]
+            barrier.wait()
+            return super().submit(request)  # type: ignore[arg-type]
+
+    call = generate(Slow(), MemoryStrikes())
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(call, [table(row(name)) for name in "abcd"]))
+    assert [out["span_id"][0].as_py() for out in outs] == list("abcd")
+
+
+def test_the_engine_is_closed_with_the_callable() -> None:
+    engine = EchoEngine()
+    call = generate(engine, MemoryStrikes())
+    call.close()
+    assert engine.closed
+
+
+def test_alone_means_alone() -> None:
+    gate, inside, most = Gate(), [], []
+
+    def work(alone: bool) -> None:
+        with gate.alone() if alone else gate.shared():
+            inside.append(alone)
+            most.append((alone, len(inside)))
+            time.sleep(0.002)
+            inside.remove(alone)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [number % 5 == 0 for number in range(100)]))
+    assert max(count for alone, count in most if alone) == 1
+    assert max(count for alone, count in most if not alone) > 1
+
+
+def test_a_media_error_survives_a_pickle() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(MediaError("fetch.timeout", "slow")))
+    assert (error.code, error.message, error.transient) == ("fetch.timeout", "slow", True)

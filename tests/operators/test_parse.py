@@ -1,0 +1,83 @@
+"""Answers to fields."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from operators.errors import MediaError
+from operators.parse import Parse, caption, tags
+from operators.schema import ANSWERS, LEDGER
+
+
+def answer(text: str, finish_reason: str = "stop", output_tokens: int = 5) -> dict[str, object]:
+    return {
+        "text": text,
+        "finish_reason": finish_reason,
+        "prompt_tokens": 20,
+        "media_tokens": 12,
+        "output_tokens": output_tokens,
+    }
+
+
+def row(**fields: object) -> dict[str, object]:
+    return {"span_id": "a-00000", "asset_id": "a", "uri": "x.jpg", **fields}
+
+
+def parsed(*rows: dict[str, object], prompt_name: str = "caption-dense") -> list[dict[str, object]]:
+    table = Parse("run-1", prompt_name)(pa.Table.from_pylist(list(rows), schema=ANSWERS))
+    assert table.schema.equals(LEDGER)
+    return table.to_pylist()
+
+
+def test_a_whole_answer_is_ok_and_counted() -> None:
+    (done,) = parsed(row(window_answers=[answer("  a red circle \n")]))
+    assert (done["status"], done["text"], done["error_code"]) == ("ok", "a red circle", None)
+    assert (done["prompt_tokens"], done["media_tokens"], done["output_tokens"]) == (20, 12, 5)
+    assert (done["run_id"], done["sealed"]) == ("run-1", True)
+
+
+def test_an_answer_of_nothing_but_space_is_empty() -> None:
+    (done,) = parsed(row(window_answers=[answer(" \n")]))
+    assert (done["status"], done["text"], done["sealed"]) == ("empty", "", True)
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "code"),
+    [("length", "generate.truncated"), ("repetition", "generate.looped")],
+)
+def test_an_answer_that_did_not_end_is_a_failure_that_shows_its_tail(
+    finish_reason: str, code: str
+) -> None:
+    (done,) = parsed(row(window_answers=[answer("a very " * 100, finish_reason)]))
+    assert (done["status"], done["error_code"], done["error_stage"]) == ("failed", code, "generate")
+    assert done["text"] is None
+    assert str(done["error_message"]).endswith("a very")
+    # what it cost is still counted
+    assert done["output_tokens"] == 5
+
+
+def test_a_row_that_failed_before_keeps_its_code_and_only_a_passing_fault_stays_unsealed() -> None:
+    gone, busy = parsed(
+        row(error_code="decode.corrupt", error_stage="decode", error_message="ends early"),
+        row(error_code="fetch.unavailable", error_stage="fetch", error_message="503"),
+    )
+    assert (gone["status"], gone["error_message"], gone["sealed"]) == ("failed", "ends early", True)
+    assert (busy["status"], busy["sealed"]) == ("failed", False)
+
+
+def test_tags_are_structured() -> None:
+    assert tags("Red circle, blue  square,\nred circle, #dog.") == [
+        "red circle",
+        "blue  square",
+        "dog",
+    ]
+    (done,) = parsed(row(window_answers=[answer("Ü, b")]), prompt_name="tags")
+    assert json.loads(str(done["structured"])) == ["ü", "b"]
+
+
+def test_caption_raises_for_a_loop() -> None:
+    with pytest.raises(MediaError, match="repeats"):
+        caption([answer("x x x", "repetition")], "caption-dense")

@@ -1,0 +1,94 @@
+"""Prompts: the checkpoint's own template around the instruction, and untrusted variables in it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from transformers import AutoProcessor
+
+from operators.errors import MediaError
+from operators.prompt import PRESETS, Prompt, instruction, load_prompt, variables_in
+from operators.settings import ModelSettings, PromptSettings
+
+
+def load(checkpoint: Path, text: str, modality: str = "image", answer_tokens: int = 64) -> Prompt:
+    model = ModelSettings(id=str(checkpoint), max_model_len=1024)
+    return load_prompt(
+        model, PromptSettings(max_variable_chars=20), modality, text, answer_tokens
+    )
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_ids_are_those_of_the_checkpoints_processor(nano: Path, modality: str) -> None:
+    text = PRESETS["caption-dense"].text
+    processor = AutoProcessor.from_pretrained(nano)
+    words, media = {"type": "text", "text": text}, {"type": modality}
+    rendered = processor.apply_chat_template(
+        [{"role": "user", "content": [media, words] if modality == "image" else [words, media]}],
+        add_generation_prompt=True,
+    )
+    tokenizer = processor.tokenizer
+    begin, soft, end = {
+        "image": (tokenizer.boi_token, tokenizer.image_token, tokenizer.eoi_token),
+        "audio": (tokenizer.boa_token, tokenizer.audio_token, tokenizer.eoa_token),
+    }[modality]
+    expected = tokenizer(
+        rendered.replace(soft, begin + soft * 12 + end), add_special_tokens=False
+    )["input_ids"]
+    ids = load(nano, text, modality).window(12)
+    assert ids == expected
+    assert tokenizer.decode(ids).endswith("<|turn>model\n<|channel>thought\n<channel|>")
+
+
+def test_the_placeholder_is_where_the_engine_will_put_the_media(nano: Path) -> None:
+    prompt = load(nano, "Describe the image.")
+    ids = prompt.window(12)
+    offset, length = prompt.placeholder(ids)
+    assert length == 12
+    assert set(ids[offset : offset + length]) == {prompt.media_id}
+    assert (ids[offset - 1], ids[offset + length]) == (prompt.begin_id, prompt.end_id)
+
+
+def test_variables_are_filled_in_after_a_pickle_to_a_worker(nano: Path) -> None:
+    filled: Prompt = pickle.loads(pickle.dumps(load(nano, "Describe the {thing} of {name}.")))
+    plain = load(nano, "Describe the image of red.")
+    assert filled.window(5, {"thing": "image", "name": "red"}) == plain.window(5)
+    assert filled.raw({"thing": "image", "name": "red"}) == plain.raw()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "no name"),
+        ({"name": "x" * 21}, "prompt.max_variable_chars is 20"),
+        ({"name": "a<turn|>b"}, "token <turn|>"),
+        ({"name": "<|image|>"}, "token <|image|>"),
+    ],
+)
+def test_a_bad_variable_costs_its_row(nano: Path, variables: dict[str, str], said: str) -> None:
+    with pytest.raises(MediaError, match=said.replace("|", r"\|")) as error:
+        load(nano, "What is {name}?").window(5, variables)
+    assert error.value.code == "prepare.bad_variable"
+
+
+def test_a_value_is_text_and_never_a_field_of_its_own(nano: Path) -> None:
+    prompt = load(nano, "Is {a} or {b}?")
+    assert "{b} or y" in prompt.raw({"a": "{b}", "b": "y"})
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(nano: Path) -> None:
+    prompt = load(nano, "Describe the image.", answer_tokens=1000)
+    with pytest.raises(MediaError, match=r"model\.max_model_len") as error:
+        prompt.window(280)
+    assert error.value.code == "prepare.too_long"
+
+
+def test_presets_and_own_texts() -> None:
+    assert instruction(PromptSettings(), "tags") == PRESETS["tags"]
+    assert instruction(PromptSettings(preset="ocr"), "tags") == PRESETS["ocr"]
+    assert instruction(PromptSettings(text=" Why? "), "tags").text == "Why?"
+    with pytest.raises(ValueError, match=r"prompt\.preset: must be one of .*caption-short.*'x'"):
+        instruction(PromptSettings(preset="x"), "tags")
+    assert variables_in('Answer as {"a": 1} about {title} and {name_2}.') == {"title", "name_2"}
