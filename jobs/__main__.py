@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from pipeline.config import ConfigError, Job, load_job
+from pipeline.config import ConfigError, load_job
 
 # What a scheduler can tell apart.
 FINISHED, BROKEN, REFUSED, TOO_MANY_FAILED, STOPPED = 0, 1, 2, 3, 130

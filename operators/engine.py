@@ -42,10 +42,14 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class RawImageRequest:
-    """One image as the file's bytes and a rendered prompt, for the engine's own processor."""
+    """One image, uint8 [h, w, 3], and a rendered prompt, for the engine's own processor.
+
+    `media_id` is the token that it expands, None where the checkpoint names none.
+    """
 
     prompt: str
-    data: bytes
+    pixels: np.ndarray
+    media_id: int | None
 
 
 Request = ImageRequest | RawImageRequest
@@ -58,7 +62,8 @@ class Answer:
     text: str
     finish_reason: str
     prompt_tokens: int
-    media_tokens: int
+    # None: the engine's own processor expanded a placeholder that nobody named
+    media_tokens: int | None
     output_tokens: int
 
 
@@ -169,10 +174,11 @@ class Engine:
         return llm
 
     async def _stop(self) -> None:
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=30)
         self._llm = None  # its own clean-up at interpreter exit would find modules gone
 
     async def _generate(self, request: Request, engine_input: object) -> Answer:
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._next_id += 1
@@ -190,20 +196,21 @@ class Engine:
                 if not self._closed.is_set():
                     self._die(f"the engine died: {error}")
                 raise
-            except ValueError as error:
+            except (ValueError, VLLMClientError) as error:
                 raise MediaError("generate.rejected", str(error)) from error
         if final is None or not final.finished:
             raise MediaError("generate.rejected", "the engine gave no answer")
         completion = final.outputs[0]
-        media_tokens = (
-            request.placeholder[1]
-            if isinstance(request, ImageRequest)
-            else sum(p.length for ps in (final.mm_placeholders or {}).values() for p in ps)
-        )
+        prompt_ids = final.prompt_token_ids or []
+        media_tokens = None
+        if isinstance(request, ImageRequest):
+            media_tokens = request.placeholder[1]
+        elif request.media_id is not None:
+            media_tokens = prompt_ids.count(request.media_id)
         return Answer(
             text=completion.text,
             finish_reason=completion.finish_reason,
-            prompt_tokens=len(final.prompt_token_ids or ()),
+            prompt_tokens=len(prompt_ids),
             media_tokens=media_tokens,
             output_tokens=len(completion.token_ids),
         )
@@ -291,13 +298,11 @@ def pixel_values(patches: np.ndarray) -> Any:  # noqa: ANN401
 
 def _engine_input(request: Request) -> Any:  # noqa: ANN401
     if isinstance(request, RawImageRequest):
-        import io
-
         from PIL import Image
 
         return {
             "prompt": request.prompt,
-            "multi_modal_data": {"image": Image.open(io.BytesIO(request.data)).convert("RGB")},
+            "multi_modal_data": {"image": Image.fromarray(request.pixels)},
         }
     import torch
     from vllm.inputs.engine import mm_input

@@ -21,8 +21,7 @@ class Failure:
 
 
 FAILURES: dict[str, Failure] = {
-    # Sealed: a file that appears later has another version, so it is another asset.
-    "fetch.not_found": Failure("the store has no such object"),
+    "fetch.not_found": Failure("the store has no such object", transient=True),
     "fetch.forbidden": Failure("the store refused the credentials", transient=True),
     "fetch.too_large": Failure("the object is larger than fetch.max_bytes"),
     "fetch.timeout": Failure("the store did not answer within fetch.timeout_s", transient=True),

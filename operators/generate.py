@@ -19,10 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from operators.decode_image import decode_image
 from operators.engine import Answer, ImageRequest, RawImageRequest, Request, TextEngine
 from operators.errors import MediaError
 from operators.prompt import Prompt
 from operators.schema import ANSWERS, PREPARED
+from operators.settings import ImageSettings
 
 MAX_STRIKES = 2
 
@@ -45,10 +47,12 @@ class Generate:
         self,
         engine: Callable[[], TextEngine],
         prompt: Prompt,
+        image: ImageSettings,
         strikes: Callable[[], Strikes],
         report: Callable[[dict[str, float]], None] = lambda usage: None,
     ) -> None:
         self._prompt = prompt
+        self._image = image
         self._report = report
         self._strikes = strikes()
         self._gate = Gate()
@@ -92,13 +96,18 @@ class Generate:
         ids = [row["span_id"] for row in rows.values()]
         self._strikes.begin(ids)
         started = time.monotonic()
-        waiting = {
-            index: [self._engine.submit(request) for request in self._requests(row)]
-            for index, row in rows.items()
-        }
+        waiting = {index: self._submit(row) for index, row in rows.items()}
         answers = {index: _collect(futures, started) for index, futures in waiting.items()}
         self._strikes.end(ids)
         return answers
+
+    def _submit(self, row: dict[str, Any]) -> list[Future[Answer]]:
+        try:
+            return [self._engine.submit(request) for request in self._requests(row)]
+        except MediaError as error:
+            failed: Future[Answer] = Future()
+            failed.set_exception(error)
+            return [failed]
 
     def _requests(self, row: dict[str, Any]) -> Iterator[Request]:
         """One request a window, over views of the object store's memory."""
@@ -112,7 +121,9 @@ class Generate:
         ):
             if columns == 0:  # render: engine
                 yield RawImageRequest(
-                    self._prompt.raw(json.loads(row["variables"] or "{}")), media.to_pybytes()
+                    self._prompt.raw(json.loads(row["variables"] or "{}")),
+                    decode_image(media.to_pybytes(), self._image).pixels,
+                    self._prompt.raw_media_id,
                 )
             else:
                 patches = np.frombuffer(media, dtype=np.uint8).reshape(columns * rows, -1)

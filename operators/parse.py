@@ -40,14 +40,20 @@ class Parse:
                     "error_stage": error.stage,
                     "error_message": error.message,
                 }
-        code = row["error_code"]
         return {
             **{name: row.get(name) for name in LEDGER.names},
             **fields,
-            "sealed": code is None or not FAILURES[code].transient,
+            "sealed": sealed(row["error_code"], row["version"]),
             "run_id": self._run_id,
             "finished_at": datetime.now(UTC),
         }
+
+
+def sealed(code: str | None, version: str | None) -> bool:
+    """Whether this is the last word on a span, so that the next run leaves it alone."""
+    if code == "fetch.not_found" and version:
+        return True  # if it comes back, it does so with another version, as another asset
+    return code is None or not FAILURES[code].transient
 
 
 def caption(answers: Sequence[Mapping[str, Any]], prompt_name: str) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def counts(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = ("prompt_tokens", "media_tokens", "output_tokens")
     return {
         "finish_reason": answers[-1]["finish_reason"],
-        **{name: sum(answer[name] for answer in answers) for name in names},
+        **{name: sum(answer[name] or 0 for answer in answers) for name in names},
     }
 
 

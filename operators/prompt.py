@@ -117,6 +117,11 @@ class Prompt:
             )
         return ids
 
+    @property
+    def raw_media_id(self) -> int | None:
+        """The placeholder's token, where the checkpoint names it."""
+        return self.media_id if self.media_id >= 0 else None
+
     def raw(self, variables: Mapping[str, str] | None = None) -> str:
         """The rendered prompt with its one placeholder, for the engine's own processor."""
         return self.rendered.replace(STAND_IN, self._fill(variables or {}))
@@ -158,6 +163,10 @@ def load_prompt(
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model.id, revision=model.revision)
     begin_id, media_id, end_id = media_token_ids(tokenizer, modality)
+    if media_id < 0 and model.render == "prepared":
+        raise ValueError(
+            f"{model.id}: its tokenizer names no {modality} token; it needs model.render: engine"
+        )
     words = {"type": "text", "text": STAND_IN}
     media = {"type": modality}
     content = [words, media] if modality == "audio" else [media, words]
@@ -169,7 +178,7 @@ def load_prompt(
     plain: tuple[int, ...] = tuple(
         tokenizer.encode(rendered.replace(STAND_IN, text), add_special_tokens=False)
     )
-    head, tail = _split(plain, media_id)
+    head, tail = _split(plain, media_id) if media_id >= 0 else ((), ())
     return Prompt(
         text=text,
         rendered=rendered,
@@ -190,7 +199,7 @@ def load_prompt(
 
 
 def media_token_ids(tokenizer: Any, modality: str) -> tuple[int, int, int]:  # noqa: ANN401
-    """(begin, soft, end) token ids of a modality, from the tokenizer's own attributes."""
+    """(begin, soft, end) token ids of a modality, from the tokenizer's own attributes; -1 without."""
     names = {
         "image": ("boi_token", "image_token", "eoi_token"),
         "audio": ("boa_token", "audio_token", "eoa_token"),
@@ -198,12 +207,7 @@ def media_token_ids(tokenizer: Any, modality: str) -> tuple[int, int, int]:  # n
     ids = []
     for name in names:
         token = getattr(tokenizer, name, None)
-        if token is None:
-            raise ValueError(
-                f"{tokenizer.name_or_path}: its tokenizer has no {name}; models without it need"
-                " model.render: engine"
-            )
-        ids.append(int(tokenizer.convert_tokens_to_ids(token)))
+        ids.append(-1 if token is None else int(tokenizer.convert_tokens_to_ids(token)))
     return ids[0], ids[1], ids[2]
 
 

@@ -110,7 +110,13 @@ ANSWER_FIELDS = [
 
 LEDGER = pa.schema(
     [
-        *[field for field in ANSWERS if field.name not in ("window_answers", "variables")],
+        # without fetch_uri, which may hold a signature, and without the answers as they came
+        *[
+            field
+            for field in ANSWERS
+            if not field.name.startswith(("fetch_uri", "fetch_offset", "fetch_length"))
+            and field.name not in ("window_answers", "variables")
+        ],
         *ANSWER_FIELDS,
         # false: failed for a reason that may pass; the next run asks again
         ("sealed", pa.bool_()),

@@ -95,9 +95,19 @@ def assemble(
         WHERE base.asset_id NOT IN (SELECT asset_id FROM found)"""
     )
     parts = list(_carry_over(db, store, base, plan.run_id))
-    parts += _write(db, store, RESULTS_FOLDER, plan.run_id, _results_query(), RESULTS, {
-        "model": job.model.id, "revision": job.model.revision, "prompt": job.prompt_name,
-    })
+    parts += _write(
+        db,
+        store,
+        RESULTS_FOLDER,
+        plan.run_id,
+        _results_query(),
+        RESULTS,
+        {
+            "model": job.model.id,
+            "revision": job.model.revision,
+            "prompt": job.prompt_name,
+        },
+    )
     parts += _write(db, store, FAILURES_FOLDER, plan.run_id, _failures_query(), FAILED, {})
     return Assembly(
         parts=tuple(parts),
@@ -218,7 +228,9 @@ def _failures_query() -> str:
 
 
 def _new_runs(db: duckdb.DuckDBPyConnection) -> list[str]:
-    return [run for (run,) in db.execute("SELECT DISTINCT run_id FROM ledger ORDER BY 1").fetchall()]
+    return [
+        run for (run,) in db.execute("SELECT DISTINCT run_id FROM ledger ORDER BY 1").fetchall()
+    ]
 
 
 def _accounts(
@@ -263,6 +275,4 @@ def _accounts(
 
 
 def _by_status(db: duckdb.DuckDBPyConnection, table: str) -> dict[str, int]:
-    return dict(
-        db.execute(f"SELECT status, count(*) FROM {table} GROUP BY status").fetchall()
-    )
+    return dict(db.execute(f"SELECT status, count(*) FROM {table} GROUP BY status").fetchall())

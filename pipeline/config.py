@@ -89,7 +89,10 @@ class EngineConfig(Settings):
     """How vLLM is run. Defaults suit the 12B in bf16 on an 80 GB card."""
 
     max_num_seqs: int = Field(
-        256, ge=1, le=4096, description="requests decoded together; KV memory allows about 600 captions"
+        256,
+        ge=1,
+        le=4096,
+        description="requests decoded together; KV memory allows about 600 captions",
     )
     max_num_batched_tokens: int = Field(
         8192, ge=512, description="prefill tokens a step: about 28 images at 280 tokens"
@@ -121,11 +124,15 @@ class ResourcesConfig(Settings):
 class LimitsConfig(Settings):
     """When to stop, and what to do again."""
 
-    max_assets: int | None = Field(None, ge=1, description="take only the first so many, for a trial")
+    max_assets: int | None = Field(
+        None, ge=1, description="take only the first so many, for a trial"
+    )
     max_failed_fraction: float = Field(
         0.05, ge=0, le=1, description="more failures than this end the run with exit code 3"
     )
-    retry_failed: bool = Field(False, description="ask again for spans that a former run sealed as failed")
+    retry_failed: bool = Field(
+        False, description="ask again for spans that a former run sealed as failed"
+    )
 
 
 class Job(Settings):
@@ -269,7 +276,7 @@ def _asked(settings: Settings) -> dict[str, Any]:
     return asked
 
 
-def _without_secrets(value: Any, name: str = "") -> Any:
+def _without_secrets(value: Any, name: str = "") -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {key: _without_secrets(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -55,9 +55,7 @@ def way(
         render=job.model.render,
         concurrency=job.fetch.concurrency,
     )
-    plan = ray.data.read_parquet(
-        [f"{root}/{name}" for name in plan_parts], filesystem=filesystem
-    )
+    plan = ray.data.read_parquet([f"{root}/{name}" for name in plan_parts], filesystem=filesystem)
     return (
         plan.repartition(target_num_rows_per_block=compute.rows_per_block)
         .map_batches(
@@ -72,6 +70,7 @@ def way(
             fn_constructor_kwargs={
                 "engine": engine,
                 "prompt": prompt,
+                "image": job.image,
                 "strikes": partial(ActorStrikes, book),
                 "report": reporter.usage,
             },

@@ -36,7 +36,7 @@ SUMS = ("fetch_s", "decode_s", "prepare_s", "generate_s")
 TOKENS = ("prompt_tokens", "media_tokens", "output_tokens")
 
 
-class LedgerSink(Datasink[int]):
+class LedgerSink(Datasink[int]):  # type: ignore[misc]
     """Commits rows to OUTPUT/<fingerprint>/ledger. `report` gets the counts of each part."""
 
     def __init__(
@@ -74,9 +74,7 @@ def part_counts(table: pa.Table) -> dict[str, float]:
         name: float(pc.sum(pc.equal(status, name)).as_py() or 0)
         for name in ("ok", "empty", "failed")
     }
-    return counts | {
-        name: float(pc.sum(table[name]).as_py() or 0) for name in (*SUMS, *TOKENS)
-    }
+    return counts | {name: float(pc.sum(table[name]).as_py() or 0) for name in (*SUMS, *TOKENS)}
 
 
 def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:

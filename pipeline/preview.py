@@ -45,9 +45,7 @@ def preview(job: Job, console: Console) -> None:
         highlight=False,
     )
     with connected():
-        shares = compute(
-            job.resources, job.engine, job.image, cluster_resources(), plan.spans_todo
-        )
+        shares = compute(job.resources, job.engine, job.image, cluster_resources(), plan.spans_todo)
     for reason in shares.reasons:
         console.print(reason, highlight=False)
 

@@ -29,7 +29,7 @@ class Tally:
     """Sums of a run; run as a Ray actor by `open_tally`."""
 
     def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
+        self._sums: Counter[str] = Counter()  # of floats, which Counter adds as well
         self._engines: dict[str, dict[str, float]] = {}
 
     def add(self, counts: dict[str, float]) -> None:
@@ -44,7 +44,7 @@ class Tally:
         engines: Counter[str] = Counter({"engines": len(self._engines)})
         for usage in self._engines.values():
             engines.update(usage)
-        return dict(self._sums) | dict(engines)
+        return {**self._sums, **engines}
 
 
 def open_tally() -> ray.actor.ActorHandle:
@@ -79,7 +79,9 @@ class Progress:
         """Done, states, rate, time left, and who waits for whom since the last line."""
         passed_s = time.monotonic() - self._started
         done = sum(now.get(state, 0.0) for state in ("ok", "empty", "failed"))
-        states = "  ".join(f"{state} {now.get(state, 0):,.0f}" for state in ("ok", "empty", "failed"))
+        states = "  ".join(
+            f"{state} {now.get(state, 0):,.0f}" for state in ("ok", "empty", "failed")
+        )
         text = f"{done:,.0f} / {self._todo:,} spans  {states}"
         if done and self._first_done is None:
             self._first_done = (passed_s, done)

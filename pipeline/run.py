@@ -23,6 +23,7 @@ from rich.console import Console
 
 from operators.engine import TextEngine
 from operators.prompt import load_prompt
+from operators.stores import redact
 from pipeline import ledger
 from pipeline.assemble import Assembly, assemble, reconcile, write_marker
 from pipeline.compute import Compute, cluster_resources, compute
@@ -55,8 +56,8 @@ class Finished:
 
     @property
     def failed_fraction(self) -> float:
-        assets = self.accounts["assets"]
-        return float(assets["failed"] + assets["partial"]) / max(1, assets["found"])
+        assets: dict[str, int] = self.accounts["assets"]
+        return (assets["failed"] + assets["partial"]) / max(1, assets["found"])
 
 
 EngineFactory = Callable[[Job], Callable[[], TextEngine]]
@@ -65,16 +66,17 @@ EngineFactory = Callable[[Job], Callable[[], TextEngine]]
 def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Finished:
     """Do what is left of a job.
 
-    Raises SourceError (nothing was started), LostSpansError or BrokenRunError; whatever was finished before stays in the ledger.
+    Raises SourceError (nothing was started), LostSpansError or BrokenRunError; whatever was
+    finished before stays in the ledger.
     """
     started = time.monotonic()
     folder = folder_store(job)
     run_id = new_run_id()
     with scratch() as db:
-        console.print(f"job {job.fingerprint}: listing {job.input.uri}", highlight=False)
+        console.print(f"job {job.fingerprint}: listing {redact(job.input.uri)}", highlight=False)
         plan = make_plan(job, db, folder, run_id, listing(console))
         if plan.assets == 0 and not job.input.allow_empty:
-            raise SourceError(f"{job.input.uri}: no file matches. {plan.line()}")
+            raise SourceError(f"{redact(job.input.uri)}: no file matches. {plan.line()}")
         console.print(plan.line(), highlight=False)
         reading: dict[str, float] = {}
         if plan.spans_todo:

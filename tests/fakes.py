@@ -10,10 +10,16 @@ from operators.engine import Answer, ImageRequest, Request
 from operators.errors import MediaError
 
 
+def done(answer: Answer) -> Future[Answer]:
+    future: Future[Answer] = Future()
+    future.set_result(answer)
+    return future
+
+
 class EchoEngine:
     """Answers at once with the grid and the mean colour of the patches.
 
-    `deadly`: media hashes that end the process; `refused`: hashes it refuses; `scripted`: answers by hash.
+    By media hash: `deadly` ones end the process, `refused` ones it refuses, `scripted` has answers.
     """
 
     def __init__(
@@ -28,20 +34,19 @@ class EchoEngine:
         self._lock = threading.Lock()
 
     def submit(self, request: Request) -> Future[Answer]:
-        future: Future[Answer] = Future()
         assert isinstance(request, ImageRequest)
         if request.media_hash in self.deadly:
             os._exit(1)
         if request.media_hash in self.refused:
-            future.set_exception(MediaError("generate.rejected", "refused"))
-            return future
-        offset, length = request.placeholder
+            refusal: Future[Answer] = Future()
+            refusal.set_exception(MediaError("generate.rejected", "refused"))
+            return refusal
+        _, length = request.placeholder
         assert length == request.columns * request.rows == len(request.patches)
         red, green, blue = request.patches.reshape(-1, 3).mean(axis=0).round().astype(int)
         text = f"{request.columns}x{request.rows} {red} {green} {blue}"
         answer = Answer(text, "stop", len(request.token_ids), length, 3)
-        future.set_result(self.scripted.get(request.media_hash, answer))
-        return future
+        return done(self.scripted.get(request.media_hash, answer))
 
     def usage(self) -> dict[str, float]:
         return {"engine_s": 1.0, "idle_s": 0.5, "open_s": 0.5}

@@ -6,15 +6,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import media
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import EchoEngine, MemoryStrikes
+from fakes import EchoEngine, MemoryStrikes, done
 
+from operators.engine import Answer
 from operators.errors import MediaError
 from operators.generate import Gate, Generate
 from operators.prompt import Prompt
 from operators.schema import ANSWERS, PREPARED
+from operators.settings import ImageSettings
 
 PROMPT = Prompt(
     text="say",
@@ -49,7 +52,7 @@ def table(*rows: dict[str, object]) -> pa.Table:
 
 
 def generate(engine: EchoEngine, strikes: MemoryStrikes) -> Generate:
-    return Generate(lambda: engine, PROMPT, lambda: strikes)
+    return Generate(lambda: engine, PROMPT, ImageSettings(), lambda: strikes)
 
 
 def test_rows_come_back_in_order_and_without_their_payload() -> None:
@@ -133,3 +136,21 @@ def test_a_media_error_survives_a_pickle() -> None:
 
     error = pickle.loads(pickle.dumps(MediaError("fetch.timeout", "slow")))
     assert (error.code, error.message, error.transient) == ("fetch.timeout", "slow", True)
+
+
+def test_render_engine_decodes_for_the_engines_own_processor() -> None:
+    seen = []
+
+    class Raw(EchoEngine):
+        def submit(self, request: object) -> object:  # type: ignore[override]
+            seen.append(request)
+            return done(Answer("x", "stop", 5, None, 1))
+
+    picture = media.encode(media.photo(30, 20), "PNG")
+    raw = {"window_tokens": [[]], "window_columns": [0], "window_rows": [0]}
+    good = row("a", **{**raw, "window_media": [picture]})
+    bad = row("b", **{**raw, "window_media": [picture[:200]]})
+    first, second = generate(Raw(), MemoryStrikes())(table(good, bad)).to_pylist()
+    assert first["window_answers"][0]["media_tokens"] is None
+    assert second["error_code"] == "decode.corrupt"
+    assert seen[0].pixels.shape == (20, 30, 3)

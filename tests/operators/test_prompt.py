@@ -15,9 +15,7 @@ from operators.settings import ModelSettings, PromptSettings
 
 def load(checkpoint: Path, text: str, modality: str = "image", answer_tokens: int = 64) -> Prompt:
     model = ModelSettings(id=str(checkpoint), max_model_len=1024)
-    return load_prompt(
-        model, PromptSettings(max_variable_chars=20), modality, text, answer_tokens
-    )
+    return load_prompt(model, PromptSettings(max_variable_chars=20), modality, text, answer_tokens)
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
@@ -34,9 +32,9 @@ def test_ids_are_those_of_the_checkpoints_processor(nano: Path, modality: str) -
         "image": (tokenizer.boi_token, tokenizer.image_token, tokenizer.eoi_token),
         "audio": (tokenizer.boa_token, tokenizer.audio_token, tokenizer.eoa_token),
     }[modality]
-    expected = tokenizer(
-        rendered.replace(soft, begin + soft * 12 + end), add_special_tokens=False
-    )["input_ids"]
+    expected = tokenizer(rendered.replace(soft, begin + soft * 12 + end), add_special_tokens=False)[
+        "input_ids"
+    ]
     ids = load(nano, text, modality).window(12)
     assert ids == expected
     assert tokenizer.decode(ids).endswith("<|turn>model\n<|channel>thought\n<channel|>")

@@ -91,9 +91,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
-def test_a_bad_file_of_each_kind_costs_its_own_row(
-    job: Callable[..., Job], pictures: Path
-) -> None:
+def test_a_bad_file_of_each_kind_costs_its_own_row(job: Callable[..., Job], pictures: Path) -> None:
     expected = {}
     for name, (data, code) in bad_files().items():
         (pictures / name).write_bytes(data)
@@ -221,9 +219,7 @@ def test_a_row_that_kills_its_engine_twice_is_given_up_and_nobody_else(
     assert report["engine"]["restarts"] == 2
 
 
-def test_a_run_that_breaks_keeps_what_was_finished(
-    job: Callable[..., Job], pictures: Path
-) -> None:
+def test_a_run_that_breaks_keeps_what_was_finished(job: Callable[..., Job], pictures: Path) -> None:
     """A marker is only written for a whole run; what a broken one committed is not asked again."""
     from pipeline.run import BrokenRunError
 
@@ -263,7 +259,9 @@ def test_input_and_output_on_s3(nano: Path, s3: S3Server) -> None:
     problems, accounts = verify(f"{bucket}/out/", s3.options)
     assert (problems, accounts["result_rows"]) == ([], 6)
     # nothing is renamed or copied on an object store
-    writes = [method for method, path, query in s3.requests if path.startswith(f"/{bucket[5:]}/out")]
+    writes = [
+        method for method, path, query in s3.requests if path.startswith(f"/{bucket[5:]}/out")
+    ]
     assert "PUT" in writes
     assert not go(job)[0].did_work
 
@@ -281,7 +279,9 @@ def test_what_others_read(job: Callable[..., Job]) -> None:
     assert ledger["decode_s"].null_count == 0
 
 
-def test_prompt_variables_come_from_the_manifest(nano: Path, pictures: Path, tmp_path: Path) -> None:
+def test_prompt_variables_come_from_the_manifest(
+    nano: Path, pictures: Path, tmp_path: Path
+) -> None:
     manifest = tmp_path / "list.jsonl"
     rows = [
         {"uri": "in/a.png", "title": "red"},

@@ -1,0 +1,78 @@
+"""Test pictures, good and bad, all made here."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+
+def photo(width: int, height: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width, 3]: smooth areas, edges and grain, as a camera gives them."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (max(2, height // 64), max(2, width // 64), 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    grain = rng.integers(-12, 13, (height, width, 1), dtype=np.int16)
+    y, x = np.ogrid[:height, :width]
+    edge = np.where((x // 37 + y // 53) % 5 == 0, 60, 0)[:, :, None]
+    return np.clip(smooth.astype(np.int16) + grain + edge, 0, 255).astype(np.uint8)
+
+
+def encode(image: Image.Image | npt.NDArray[Any], format: str, **options: object) -> bytes:
+    """The bytes of a file."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def with_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def animated(format: str) -> bytes:
+    """Two frames, 60x40: red, then blue."""
+    red, blue = (Image.new("RGB", (60, 40), name) for name in ("red", "blue"))
+    return encode(red, format, save_all=True, append_images=[blue], duration=100)
+
+
+def png_bomb(side: int = 60_000) -> bytes:
+    """A few KB that claim side x side pixels, and hold their first megabytes, really deflated."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(4 << 20), 9)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+def every_format() -> dict[str, bytes]:
+    """One ordinary 160x120 file of each format that the decoder knows."""
+    picture = photo(160, 120)
+    grey = Image.fromarray(picture).convert("P")
+    return {
+        "JPEG": encode(picture, "JPEG", quality=90),
+        "JPEG progressive": encode(picture, "JPEG", quality=90, progressive=True),
+        "PNG": encode(picture, "PNG"),
+        "WebP": encode(picture, "WEBP"),
+        "WebP lossless": encode(picture, "WEBP", lossless=True),
+        "GIF": encode(grey, "GIF"),
+        "BMP": encode(picture, "BMP"),
+        "TIFF": encode(picture, "TIFF"),
+        "TIFF deflate": encode(picture, "TIFF", compression="tiff_adobe_deflate"),
+        "TIFF LZW": encode(picture, "TIFF", compression="tiff_lzw"),
+        "AVIF": encode(picture, "AVIF"),
+    }

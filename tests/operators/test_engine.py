@@ -1,0 +1,166 @@
+"""vLLM itself, on its CPU engine: prepared tensors give what its own path and transformers give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import media
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
+
+from operators.decode_image import decode_image
+from operators.engine import (
+    Answer,
+    Engine,
+    EngineOptions,
+    ImageRequest,
+    RawImageRequest,
+    pixel_values,
+)
+from operators.errors import MediaError
+from operators.media import media_hash
+from operators.patchify import patchify
+from operators.prompt import PRESETS, Prompt, load_prompt
+from operators.settings import ImageSettings, ModelSettings, PromptSettings, SamplingSettings
+
+pytestmark = pytest.mark.engine
+
+ANSWER_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def prompt(nano: Path) -> Prompt:
+    return load_prompt(
+        ModelSettings(id=str(nano)),
+        PromptSettings(),
+        "image",
+        PRESETS["caption-dense"].text,
+        ANSWER_TOKENS,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(nano: Path) -> Iterator[Engine]:
+    started = Engine(
+        ModelSettings(id=str(nano)),
+        SamplingSettings(),
+        EngineOptions(
+            modality="image",
+            max_soft_tokens=280,
+            answer_tokens=ANSWER_TOKENS,
+            max_num_seqs=8,
+            max_num_batched_tokens=2048,
+            gpu_memory_utilization=0.9,
+            kv_cache_memory_bytes=1 << 28,
+            enforce_eager=True,
+            stall_timeout_s=120,
+            load_format="auto",
+        ),
+    )
+    yield started
+    started.close()
+
+
+def picture_files() -> list[bytes]:
+    files = [path.read_bytes() for path in sorted(SAMPLES.glob("*.*"))][:5]
+    return [
+        *files,
+        media.encode(media.photo(640, 480), "JPEG"),
+        media.encode(media.photo(50, 400), "PNG"),
+    ]
+
+
+SAMPLES = Path(__file__).parents[2] / "deploy" / "samples" / "images"
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return decode_image(data, ImageSettings()).pixels
+
+
+def prepared(data: bytes, prompt: Prompt) -> ImageRequest:
+    patches = patchify(pixels(data), 280)
+    ids = prompt.window(len(patches.values))
+    return ImageRequest(
+        ids,
+        prompt.placeholder(ids),
+        patches.values,
+        patches.columns,
+        patches.rows,
+        media_hash(patches.values, patches.columns, patches.rows),
+    )
+
+
+def test_prepared_tensors_give_the_tokens_of_vllms_own_path(engine: Engine, prompt: Prompt) -> None:
+    files = picture_files()
+    ours = [engine.submit(prepared(data, prompt)) for data in files]
+    theirs = [
+        engine.submit(RawImageRequest(prompt.raw(), pixels(data), prompt.media_id))
+        for data in files
+    ]
+    for own, stock in zip(ours, theirs, strict=True):
+        assert own.result(120) == stock.result(120)
+    assert all(future.result().output_tokens > 0 for future in ours)
+    assert len({future.result().text for future in ours}) > 1
+
+
+def test_prepared_tensors_give_the_tokens_of_transformers(
+    engine: Engine, prompt: Prompt, nano: Path
+) -> None:
+    processor = AutoProcessor.from_pretrained(nano)
+    model = Gemma4UnifiedForConditionalGeneration.from_pretrained(nano, dtype=torch.bfloat16)
+    for data in picture_files():
+        request = prepared(data, prompt)
+        inputs = processor(
+            text=prompt.raw(),
+            images=Image.fromarray(pixels(data)),
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        assert inputs["input_ids"][0].tolist() == request.token_ids
+        count = len(request.patches)
+        assert torch.equal(
+            inputs["pixel_values"][0, :count].to(torch.bfloat16), pixel_values(request.patches)
+        )
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
+        expected = processor.decode(ids[0, len(request.token_ids) :], skip_special_tokens=True)
+        assert engine.submit(request).result(120).text.strip() == expected.strip()
+
+
+def test_the_engine_refuses_a_prompt_that_is_too_long_and_goes_on(
+    engine: Engine, prompt: Prompt
+) -> None:
+    request = prepared(media.encode(media.photo(100, 100), "PNG"), prompt)
+    long = ImageRequest(
+        request.token_ids[:-1] + request.token_ids[-1:] * 5000,
+        request.placeholder,
+        request.patches,
+        request.columns,
+        request.rows,
+        request.media_hash,
+    )
+    with pytest.raises(MediaError) as error:
+        engine.submit(long).result(120)
+    assert error.value.code == "generate.rejected"
+    assert isinstance(engine.submit(request).result(120), Answer)
+
+
+def test_usage_counts_idle_and_open_seconds(engine: Engine, prompt: Prompt) -> None:
+    before = engine.usage()
+    time.sleep(0.2)
+    between = engine.usage()
+    assert between["idle_s"] - before["idle_s"] >= 0.2
+    engine.submit(prepared(media.encode(media.photo(64, 64), "PNG"), prompt)).result(120)
+    after = engine.usage()
+    assert after["open_s"] > between["open_s"]
+    assert after["engine_s"] - before["engine_s"] >= 0.2
+
+
+def test_bf16_values_are_rounded_once_from_float32() -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(1, -1)
+    expected = torch.tensor(values.astype(np.float32) * np.float32(1 / 255)).to(torch.bfloat16)
+    assert torch.equal(pixel_values(values), expected)
