@@ -153,6 +153,8 @@ def _table(plan: pa.Table, rows: Sequence[_Row]) -> pa.Table:
         "error_stage": [error and error.stage for error in errors],
         "error_message": [error and error.message for error in errors],
         "attempts": [row.attempts for row in rows],
+        "window_start_s": [None] * len(rows),
+        "window_end_s": [None] * len(rows),
         "fetch_s": [row.fetch_s for row in rows],
         "decode_s": [row.decode_s for row in rows],
         "prepare_s": [row.prepare_s for row in rows],

@@ -59,16 +59,21 @@ PREPARED = pa.schema(
         ("duration_s", pa.float64()),
         *ERROR,
         ("attempts", pa.int32()),
+        # where each window lies in the source's own time line; no windows: nothing was said
+        ("window_start_s", pa.list_(pa.float64())),
+        ("window_end_s", pa.list_(pa.float64())),
         # CPU-worker seconds: fetch waits for the store, the others are busy time
         ("fetch_s", pa.float64()),
         ("decode_s", pa.float64()),
         ("prepare_s", pa.float64()),
         # the payload. prompt token ids with expanded placeholders
         ("window_tokens", pa.list_(pa.list_(pa.int32()))),
-        # image, video: uint8 [n, 6912] patches, row-major. render=engine: the file's own bytes.
+        # image, video: uint8 [n, 6912] patches, row-major. audio: float32 [frames, 640] at 16 kHz.
+        # render=engine: the file's own bytes.
         # A binary, not Ray's ragged tensor: as fast (3.4 against 3.3 GB/s), one form in every block,
         # and a list of them per row is plain Arrow.
         ("window_media", pa.list_(pa.large_binary())),
+        # image: the patch grid. audio: frames, 1
         ("window_columns", pa.list_(pa.int32())),
         ("window_rows", pa.list_(pa.int32())),
         ("window_media_hash", pa.list_(pa.string())),

@@ -85,6 +85,35 @@ class ImageSettings(Settings):
         return value
 
 
+class AudioSettings(Settings):
+    """From bytes to windows of speech."""
+
+    window_s: float = Field(
+        15.0,
+        ge=2,
+        le=30,
+        description="at most so many seconds a request; the 12B takes 30 but understands speech only"
+        " in its first few hundred tokens (25 a second)",
+    )
+    channel: Literal["mix", "left", "right"] = "mix"
+    language: str | None = Field(
+        None, description="as in English; None: the model is told that it is the original language"
+    )
+    translate_to: str | None = Field(
+        None, description="a language: transcribe first, then translate into it"
+    )
+    digits: bool = Field(True, description="write 3, not three")
+    vocabulary: tuple[str, ...] = Field(
+        (), description="names and terms to expect; they cost prompt tokens of every window"
+    )
+    speech_threshold: float = Field(
+        0.5, gt=0, lt=1, description="voice activity above it is speech; Silero's own default"
+    )
+    span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 300.0
+    max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 2 << 30
+    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
+
+
 class SamplingSettings(Settings):
     """How the answer is drawn."""
 
