@@ -24,8 +24,9 @@ from operators.errors import MediaError
 from operators.patchify import positions
 from operators.settings import ModelSettings, SamplingSettings
 
-# A looping answer repeats a phrase of up to 32 tokens; 4 in a row are no style of writing.
-REPETITION = {"max_pattern_size": 32, "min_pattern_size": 1, "min_count": 4}
+# A looping answer repeats a phrase of up to 32 tokens. From 3 tokens on and 5 times, so that dotted
+# lines and columns of equal numbers in a page's text are not taken for one.
+REPETITION = {"max_pattern_size": 32, "min_pattern_size": 3, "min_count": 5}
 
 
 @dataclass(frozen=True)

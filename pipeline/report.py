@@ -6,16 +6,17 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import duckdb
 from jinja2 import Environment
 
-from pipeline.assemble import FAILURES_FOLDER, RESULTS_FOLDER, Assembly, read_part
+from pipeline import sample
+from pipeline.assemble import Assembly
 from pipeline.config import Job
 from pipeline.ledger import TOKENS
 from pipeline.progress import clock
 from pipeline.store import Store
 
 STAGES = ("fetch", "decode", "prepare", "generate")
-SAMPLE_ROWS = 50
 
 
 def write_run(
@@ -48,6 +49,7 @@ def write_latest(output: Store, job: Job, run_id: str) -> None:
 def write_report(
     folder: Store,
     job: Job,
+    db: duckdb.DuckDBPyConnection,
     run_id: str,
     assembly: Assembly,
     reading: dict[str, float],
@@ -60,10 +62,8 @@ def write_report(
     html = page.render(
         report=report,
         clock=clock,
-        results=_sample(folder, assembly, RESULTS_FOLDER, ["uri", "status", "text"]),
-        failures=_sample(
-            folder, assembly, FAILURES_FOLDER, ["uri", "error_code", "error_message", "attempts"]
-        ),
+        answers=sample.answers(job, db, folder, assembly),
+        failures=sample.failures(db, folder, assembly),
     )
     folder.write("report.html", html.encode())
 
@@ -106,17 +106,6 @@ def summary(
     }
 
 
-def _sample(
-    folder: Store, assembly: Assembly, kind: str, columns: list[str]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for item in assembly.parts:
-        if item.name.startswith(kind) and len(rows) < SAMPLE_ROWS:
-            table = read_part(folder, item.name, columns)
-            rows += table.slice(0, SAMPLE_ROWS - len(rows)).to_pylist()
-    return rows
-
-
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ report.task }} {{ report.run_id }}</title>
 <style>
@@ -129,6 +118,7 @@ PAGE = """<!doctype html>
  table { border-collapse: collapse; width: 100% }
  th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e6e9ef;
           vertical-align: top; overflow-wrap: anywhere }
+ td.c { white-space: nowrap } img { display: block; max-width: 10rem }
  th { color: #5b6472; font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
  .bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; background: #e6e9ef }
  .ok { background: #2e7d4f } .empty { background: #9aa4b2 } .partial { background: #d08700 }
@@ -165,12 +155,13 @@ PAGE = """<!doctype html>
 {% for code, count in report.failures_by_code.items() %}<tr><td>{{ code }}</td>
  <td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
 <table><tr><th>file</th><th>code</th><th>what happened</th><th class="n">attempts</th></tr>
-{% for row in failures %}<tr><td>{{ row.uri }}</td><td>{{ row.error_code }}</td>
+{% for row in failures %}<tr><td>{{ row.uri }}</td><td class="c">{{ row.error_code }}</td>
  <td>{{ row.error_message }}</td><td class="n">{{ row.attempts or "" }}</td></tr>{% endfor %}</table>
 {% endif %}
-<h2>Answers (the first {{ results | length }})</h2>
-<table><tr><th>file</th><th>state</th><th>text</th></tr>
-{% for row in results %}<tr><td>{{ row.uri }}</td><td>{{ row.status }}</td>
- <td>{{ row.text or "" }}</td></tr>{% endfor %}</table>
+<h2>Answers ({{ answers | length }} of {{ "{:,}".format(a.found) }})</h2>
+<table><tr><th></th><th>file</th><th>state</th><th>answer</th></tr>
+{% for row in answers %}<tr><td>{% if row.picture %}<img src="{{ row.picture }}" alt="">{% endif %}</td>
+ <td>{{ row.uri }}</td><td>{{ row.status }}</td>
+ <td>{{ row.text or row.error_code or "" }}</td></tr>{% endfor %}</table>
 </body></html>
 """

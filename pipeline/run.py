@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import distributions
 from typing import Any
 
+import duckdb
 import ray
 import ray.data
 import ray.exceptions
@@ -88,7 +89,7 @@ def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Fini
         assembly = assemble(job, db, folder, plan)
         seconds = time.monotonic() - started
         if assembly.changed:
-            _publish(job, folder, run_id, assembly, reading, seconds)
+            _publish(job, folder, db, run_id, assembly, reading, seconds)
         return Finished(folder, assembly.accounts, bool(plan.spans_todo), seconds)
 
 
@@ -140,13 +141,14 @@ def _work(
 def _publish(
     job: Job,
     folder: Store,
+    db: duckdb.DuckDBPyConnection,
     run_id: str,
     assembly: Assembly,
     reading: dict[str, float],
     seconds: float,
 ) -> None:
     write_run(folder, job, run_id, "finished", versions(), assembly.accounts)
-    write_report(folder, job, run_id, assembly, reading, seconds)
+    write_report(folder, job, db, run_id, assembly, reading, seconds)
     write_marker(folder, run_id, assembly)
     write_latest(Store(job.output.uri, job.output.storage_options), job, run_id)
     folder.delete(folder.names("plan"))
