@@ -9,6 +9,7 @@ nobody waits on a dead engine.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import threading
@@ -42,6 +43,16 @@ class ImageRequest:
 
 
 @dataclass(frozen=True)
+class AudioRequest:
+    """One window of speech and its prompt. `frames` is float32 [t, 640] at 16 kHz."""
+
+    token_ids: list[int]
+    placeholder: tuple[int, int]
+    frames: np.ndarray
+    media_hash: str
+
+
+@dataclass(frozen=True)
 class RawImageRequest:
     """One image, uint8 [h, w, 3], and a rendered prompt, for the engine's own processor.
 
@@ -53,19 +64,21 @@ class RawImageRequest:
     media_id: int | None
 
 
-Request = ImageRequest | RawImageRequest
+Request = ImageRequest | AudioRequest | RawImageRequest
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the engine said. `finish_reason` is stop, length or repetition."""
+    """What the engine said. `finish_reason` is stop, length or repetition; None where it refused."""
 
     text: str
-    finish_reason: str
+    finish_reason: str | None
     prompt_tokens: int
     # None: the engine's own processor expanded a placeholder that nobody named
     media_tokens: int | None
     output_tokens: int
+    error_code: str | None = None
+    error_message: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,11 @@ class Engine:
             enforce_eager=options.enforce_eager,
             load_format=options.load_format,
             limit_mm_per_prompt=limits,
-            mm_processor_kwargs={"max_soft_tokens": options.max_soft_tokens},
+            mm_processor_kwargs=(
+                {"max_soft_tokens": options.max_soft_tokens}
+                if options.modality == "image"
+                else None
+            ),
             # Every file comes once: caches would only hash and copy.
             enable_prefix_caching=False,
             mm_processor_cache_gb=0,
@@ -176,7 +193,8 @@ class Engine:
 
     async def _stop(self) -> None:
         self._llm.shutdown(timeout=30)
-        self._llm = None  # its own clean-up at interpreter exit would find modules gone
+        self._llm = None
+        gc.collect()  # its own clean-up at interpreter exit would find modules gone
 
     async def _generate(self, request: Request, engine_input: object) -> Answer:
         from vllm.exceptions import VLLMClientError
@@ -204,7 +222,7 @@ class Engine:
         completion = final.outputs[0]
         prompt_ids = final.prompt_token_ids or []
         media_tokens = None
-        if isinstance(request, ImageRequest):
+        if not isinstance(request, RawImageRequest):
             media_tokens = request.placeholder[1]
         elif request.media_id is not None:
             media_tokens = prompt_ids.count(request.media_id)
@@ -313,19 +331,26 @@ def _engine_input(request: Request) -> Any:  # noqa: ANN401
         PlaceholderRange,
     )
 
-    fields = {
-        "pixel_values": pixel_values(request.patches)[None],
-        "pixel_position_ids": torch.from_numpy(positions(request.columns, request.rows))[None],
-    }
+    if isinstance(request, ImageRequest):
+        modality = "image"
+        grid = torch.from_numpy(positions(request.columns, request.rows))
+        fields = {"pixel_values": pixel_values(request.patches), "pixel_position_ids": grid}
+    else:
+        modality = "audio"
+        # a copy: the object store's memory is read-only, and torch warns of that
+        frames = torch.from_numpy(request.frames.copy())
+        valid = torch.ones(len(frames), dtype=torch.bool)
+        fields = {"input_features_padded": frames, "input_features_mask": valid}
     items = MultiModalKwargsItems.from_hf_inputs(
-        fields, {name: MultiModalFieldConfig.batched("image") for name in fields}
+        {name: field[None] for name, field in fields.items()},
+        {name: MultiModalFieldConfig.batched(modality) for name in fields},
     )
     offset, length = request.placeholder
     return mm_input(
         request.token_ids,
         items,
-        {"image": [request.media_hash]},
-        {"image": [PlaceholderRange(offset=offset, length=length)]},
+        {modality: [request.media_hash]},
+        {modality: [PlaceholderRange(offset=offset, length=length)]},
     )
 
 

@@ -20,7 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from operators.decode_image import decode_image
-from operators.engine import Answer, ImageRequest, RawImageRequest, Request, TextEngine
+from operators.engine import (
+    Answer,
+    AudioRequest,
+    ImageRequest,
+    RawImageRequest,
+    Request,
+    TextEngine,
+)
 from operators.errors import MediaError
 from operators.prompt import Prompt
 from operators.schema import ANSWERS, PREPARED
@@ -96,20 +103,25 @@ class Generate:
         ids = [row["span_id"] for row in rows.values()]
         self._strikes.begin(ids)
         started = time.monotonic()
-        waiting = {index: self._submit(row) for index, row in rows.items()}
-        answers = {index: _collect(futures, started) for index, futures in waiting.items()}
+        waiting = {
+            index: [self._submit(request) for request in self._requests(row)]
+            for index, row in rows.items()
+        }
+        outcomes = {}
+        for index, futures in waiting.items():
+            answers = [_answer(future) for future in futures]
+            outcomes[index] = _Outcome(answers, seconds=time.monotonic() - started)
         self._strikes.end(ids)
-        return answers
+        return outcomes
 
-    def _submit(self, row: dict[str, Any]) -> list[Future[Answer]]:
-        try:
-            return [self._engine.submit(request) for request in self._requests(row)]
-        except MediaError as error:
-            failed: Future[Answer] = Future()
-            failed.set_exception(error)
-            return [failed]
+    def _submit(self, request: Request | MediaError) -> Future[Answer]:
+        if not isinstance(request, MediaError):
+            return self._engine.submit(request)
+        failed: Future[Answer] = Future()
+        failed.set_exception(request)
+        return failed
 
-    def _requests(self, row: dict[str, Any]) -> Iterator[Request]:
+    def _requests(self, row: dict[str, Any]) -> Iterator[Request | MediaError]:
         """One request a window, over views of the object store's memory."""
         for token_ids, media, columns, rows, media_hash in zip(
             row["window_tokens"],
@@ -120,21 +132,23 @@ class Generate:
             strict=True,
         ):
             if columns == 0:  # render: engine
-                yield RawImageRequest(
-                    self._prompt.raw(json.loads(row["variables"] or "{}")),
-                    decode_image(media.to_pybytes(), self._image).pixels,
-                    self._prompt.raw_media_id,
-                )
+                yield self._raw_request(row, media.to_pybytes())
+                continue
+            placeholder = self._prompt.placeholder(token_ids)
+            if row["modality"] == "audio":
+                frames = np.frombuffer(media, dtype=np.float32).reshape(columns, -1)
+                yield AudioRequest(token_ids, placeholder, frames, media_hash)
             else:
                 patches = np.frombuffer(media, dtype=np.uint8).reshape(columns * rows, -1)
-                yield ImageRequest(
-                    token_ids,
-                    self._prompt.placeholder(token_ids),
-                    patches,
-                    columns,
-                    rows,
-                    media_hash,
-                )
+                yield ImageRequest(token_ids, placeholder, patches, columns, rows, media_hash)
+
+    def _raw_request(self, row: dict[str, Any], data: bytes) -> Request | MediaError:
+        try:
+            pixels = decode_image(data, self._image).pixels
+        except MediaError as error:
+            return error
+        prompt = self._prompt.raw(json.loads(row["variables"] or "{}"))
+        return RawImageRequest(prompt, pixels, self._prompt.raw_media_id)
 
 
 class _Outcome:
@@ -186,24 +200,19 @@ class Gate:
 
 
 def _row(table: pa.Table, index: int) -> dict[str, Any]:
-    names = ("span_id", "variables", "window_tokens", "window_columns", "window_rows")
-    row = {name: table[name][index].as_py() for name in (*names, "window_media_hash")}
+    names = ("span_id", "modality", "variables", "window_tokens", "window_media_hash")
+    row = {name: table[name][index].as_py() for name in (*names, "window_columns", "window_rows")}
     # Not as_py: that would copy megabytes of patches into bytes objects.
     row["window_media"] = [media.as_buffer() for media in table["window_media"][index].values]
     return row
 
 
-def _collect(futures: list[Future[Answer]], started: float) -> _Outcome:
-    """Wait for a row's windows; the first refusal is the row's."""
-    answers: list[Answer] = []
-    error: MediaError | None = None
-    for future in futures:
-        try:
-            answers.append(future.result())
-        except MediaError as refused:
-            error = error or refused
-    seconds = time.monotonic() - started
-    return _Outcome(None if error else answers, error, seconds)
+def _answer(future: Future[Answer]) -> Answer:
+    """A window's answer; a refusal is one as well, with its code."""
+    try:
+        return future.result()
+    except MediaError as error:
+        return Answer("", None, 0, None, 0, error.code, error.message)
 
 
 def _answered(table: pa.Table, outcomes: dict[int, _Outcome]) -> pa.Table:

@@ -72,7 +72,9 @@ def caption(answers: Sequence[Mapping[str, Any]], prompt_name: str) -> dict[str,
 
 
 def check(answer: Mapping[str, Any]) -> None:
-    """Raise MediaError where the engine did not end the answer of its own will."""
+    """Raise MediaError where the engine refused, or did not end the answer of its own will."""
+    if answer["error_code"] is not None:
+        raise MediaError(answer["error_code"], answer["error_message"])
     if answer["finish_reason"] == "stop":
         return
     tail = answer["text"].strip()[-EXCERPT_CHARS:]

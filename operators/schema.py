@@ -85,10 +85,13 @@ PAYLOAD = ["window_tokens", "window_media", "window_columns", "window_rows", "wi
 ANSWER = pa.struct(
     [
         ("text", pa.string()),
-        ("finish_reason", pa.string()),  # stop | length | repetition
+        ("finish_reason", pa.string()),  # stop | length | repetition, null where refused
         ("prompt_tokens", pa.int32()),
         ("media_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
+        # a window that the engine refused
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
     ]
 )
 

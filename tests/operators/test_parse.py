@@ -19,6 +19,8 @@ def answer(text: str, finish_reason: str = "stop", output_tokens: int = 5) -> di
         "prompt_tokens": 20,
         "media_tokens": 12,
         "output_tokens": output_tokens,
+        "error_code": None,
+        "error_message": None,
     }
 
 
