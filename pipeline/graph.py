@@ -35,6 +35,11 @@ from pipeline.store import Store
 from pipeline.strikes import ActorStrikes
 
 
+# Parse and sink are one task, and a small one: with a whole CPU each they would wait until the media
+# tasks are done (seen on two CPUs: no commit in 60 s, then all of them).
+SINK_CPUS = 0.25
+
+
 def way(
     job: Job,
     store: Store,
@@ -89,8 +94,7 @@ def way(
             Parse(run_id, job.prompt_name),
             batch_size=None,
             batch_format="pyarrow",
-            # Not 1: a stage with the engine's own share would be fused into its actor.
-            num_cpus=0.25,
+            num_cpus=SINK_CPUS,
         )
     )
 

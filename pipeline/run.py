@@ -29,7 +29,7 @@ from pipeline import ledger
 from pipeline.assemble import Assembly, assemble, reconcile, write_marker
 from pipeline.compute import Compute, cluster_resources, compute
 from pipeline.config import Job
-from pipeline.graph import vllm_engine, way
+from pipeline.graph import SINK_CPUS, vllm_engine, way
 from pipeline.plan import MODALITY, Plan, make_plan, scratch, write_plan
 from pipeline.progress import Progress, Reporter, listing, open_tally, shown
 from pipeline.report import write_latest, write_report, write_run
@@ -127,7 +127,7 @@ def _work(
         progress = Progress(plan.spans_todo, job.engine.max_num_seqs)
         with shown(tally, progress, console) as read:
             try:
-                rows.write_datasink(sink)
+                rows.write_datasink(sink, ray_remote_args={"num_cpus": SINK_CPUS})
             except ray.exceptions.RayError as error:
                 raise BrokenRunError(
                     f"{error}\nThe run broke: see above. What was finished is in the ledger; put it"

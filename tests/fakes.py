@@ -17,7 +17,7 @@ def done(answer: Answer) -> Future[Answer]:
 
 
 class EchoEngine:
-    """Answers at once with the grid and the mean colour of the patches.
+    """Answers at once with the grid and the mean colour of the first patch.
 
     By media hash: `deadly` ones end the process, `refused` ones it refuses, `scripted` has answers.
     """
@@ -43,7 +43,7 @@ class EchoEngine:
             return refusal
         _, length = request.placeholder
         assert length == request.columns * request.rows == len(request.patches)
-        red, green, blue = request.patches.reshape(-1, 3).mean(axis=0).round().astype(int)
+        red, green, blue = request.patches[0].reshape(-1, 3).mean(axis=0).round().astype(int)
         text = f"{request.columns}x{request.rows} {red} {green} {blue}"
         answer = Answer(text, "stop", len(request.token_ids), length, 3)
         return done(self.scripted.get(request.media_hash, answer))
