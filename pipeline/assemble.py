@@ -193,12 +193,9 @@ def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.T
 def _results_query() -> str:
     """One row an asset of `touched`, from the one state of each of its spans."""
     return f"""
-    WITH spans AS (
-        SELECT * FROM ledger_parts SEMI JOIN touched USING (asset_id) {ledger.ONE_STATE}
-    )
     SELECT asset_id, any_value(uri) AS uri, any_value(source_id) AS source_id,
         any_value(version) AS version, any_value(modality) AS modality,
-        CASE WHEN bool_and(status = 'failed') THEN 'failed'
+        CASE WHEN bool_and(status = 'failed' AND text IS NULL) THEN 'failed'
              WHEN bool_or(status = 'failed') THEN 'partial'
              WHEN bool_and(status = 'empty') THEN 'empty' ELSE 'ok' END AS status,
         string_agg(text, ' ' ORDER BY span_index) AS text,
@@ -215,15 +212,13 @@ def _results_query() -> str:
         arg_min(error_stage, span_index) AS error_stage,
         arg_min(error_message, span_index) AS error_message,
         max(attempts) AS attempts, max(run_id) AS run_id
-    FROM spans JOIN touched USING (asset_id)
+    FROM {ledger.spans_of("touched")} JOIN touched USING (asset_id)
     GROUP BY asset_id ORDER BY min(place)"""
 
 
 def _failures_query() -> str:
     return f"""
-    SELECT {", ".join(FAILED.names)} FROM (
-        SELECT * FROM ledger_parts SEMI JOIN touched USING (asset_id) {ledger.ONE_STATE}
-    ) JOIN (SELECT asset_id, place FROM touched) USING (asset_id)
+    SELECT {", ".join(FAILED.names)} FROM {ledger.spans_of("touched")} JOIN (SELECT asset_id, place FROM touched) USING (asset_id)
     WHERE status = 'failed' ORDER BY place, span_index"""
 
 
@@ -250,11 +245,8 @@ def _accounts(
             f" {plan.spans} spans planned, {spans} in the ledger"
         )
     failures = db.execute(
-        """SELECT error_code, count(*) FROM (
-            SELECT span_id, status, finished_at, error_code FROM ledger_parts
-            SEMI JOIN found USING (asset_id) """
-        + ledger.ONE_STATE
-        + """) WHERE status = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1"""
+        f"""SELECT error_code, count(*) FROM {ledger.spans_of("found")}
+        WHERE status = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1"""
     ).fetchall()
     (rows,) = db.execute("SELECT count(*) FROM stated").fetchall()[0]
     states = ("ok", "empty", "failed")

@@ -32,6 +32,16 @@ ONE_STATE = """
     ) = 1
 """
 
+# How an asset is divided into spans may change between runs (audio.span_s is no part of the question).
+# Its id holds the division, and of several divisions the one that is whole counts, then the newer.
+ONE_DIVISION = """
+    SELECT asset_id, span_count FROM states GROUP BY asset_id, span_count
+    QUALIFY row_number() OVER (
+        PARTITION BY asset_id
+        ORDER BY count(*) = span_count DESC, max(finished_at) DESC
+    ) = 1
+"""
+
 SUMS = ("fetch_s", "decode_s", "prepare_s", "generate_s")
 TOKENS = ("prompt_tokens", "media_tokens", "output_tokens")
 
@@ -78,9 +88,10 @@ def part_counts(table: pa.Table) -> dict[str, float]:
 
 
 def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
-    """(Re)make the table `ledger`: span ids and states of everything committed so far.
+    """(Re)make `states` and `ledger`: span ids and states of everything committed so far.
 
-    Texts stay in the store; assembly reads them through the view `ledger_parts`.
+    `states` has every span once, `ledger` only those of each asset's one division. Texts stay in the
+    store; assembly reads them through `spans_of`.
     """
     names = store.names(FOLDER, ".parquet")
     filesystem, root = store.arrow()
@@ -96,7 +107,19 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     )
     db.register("ledger_parts", parts)
     db.execute(
-        f"""CREATE OR REPLACE TABLE ledger AS
+        f"""CREATE OR REPLACE TABLE states AS
         SELECT span_id, asset_id, span_count, status, sealed, run_id, finished_at
         FROM ledger_parts {ONE_STATE}"""
     )
+    db.execute(
+        f"""CREATE OR REPLACE TABLE ledger AS
+        SELECT states.* FROM states SEMI JOIN ({ONE_DIVISION}) USING (asset_id, span_count)"""
+    )
+
+
+def spans_of(assets: str) -> str:
+    """A query of the whole ledger rows, one a span, of the assets in table `assets`."""
+    return f"""(
+        SELECT * FROM ledger_parts SEMI JOIN {assets} USING (asset_id)
+        SEMI JOIN (SELECT span_id FROM ledger) USING (span_id) {ONE_STATE}
+    )"""

@@ -4,7 +4,9 @@ The plan lives in DuckDB on the driver's disk (joins over 10^8 ids spill instead
 the spans to do go to OUTPUT/<fingerprint>/plan as Parquet, from where every worker reads its share.
 
     tables   found(FOUND + place)         each asset once, in the order of the listing
-             ledger(span_id, status, ..)  pipeline/ledger.py
+             states, ledger               pipeline/ledger.py
+             unfinished(FOUND + place)    assets with spans to do
+             divided(asset_id, span_..)   their spans
              todo(PLAN + place)           spans to do now
 """
 
@@ -95,19 +97,30 @@ def make_plan(
     listed, skipped = _list(job, db, progress)
     assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")
     ledger.load(db, store)
-    done = "sealed AND NOT (status = 'failed' AND $retry_failed)"
     db.execute(
-        f"""CREATE TABLE todo AS
-        SELECT asset_id || '-00000' AS span_id,
-               0::INTEGER AS span_index, 1::INTEGER AS span_count,
-               NULL::DOUBLE AS span_start_s, NULL::DOUBLE AS span_end_s,
-               found.*
-        FROM found ANTI JOIN (
-            SELECT asset_id FROM ledger WHERE {done}
-            GROUP BY asset_id HAVING count(*) = any_value(span_count)
-        ) USING (asset_id)""",
+        """CREATE TABLE sealed AS SELECT span_id, asset_id, span_count FROM states
+        WHERE sealed AND NOT (status = 'failed' AND $retry_failed)""",
         {"retry_failed": job.limits.retry_failed},
     )
+    db.execute(
+        """CREATE TABLE finished AS SELECT DISTINCT asset_id, span_count FROM ledger
+        JOIN (SELECT asset_id, span_count, count(*) AS spans FROM sealed GROUP BY ALL)
+        USING (asset_id, span_count) WHERE spans = span_count"""
+    )
+    db.execute("CREATE TABLE unfinished AS SELECT * FROM found ANTI JOIN finished USING (asset_id)")
+    DIVIDE[MODALITY[job.task]](job, db)
+    db.execute(
+        """CREATE TABLE todo AS
+        SELECT printf('%s-%05d-%05d', asset_id, span_index, span_count) AS span_id,
+               span_index, span_count, span_start_s, span_end_s, unfinished.*
+        FROM unfinished JOIN divided USING (asset_id)
+        WHERE span_id NOT IN (SELECT span_id FROM sealed)"""
+    )
+    (before,) = _one(
+        db,
+        "SELECT coalesce(sum(span_count), 0) FROM finished SEMI JOIN found USING (asset_id)",
+    )
+    (spans,) = _one(db, "SELECT count(*) FROM divided")
     (todo,) = _one(db, "SELECT count(*) FROM todo")
     return Plan(
         run_id=run_id,
@@ -115,7 +128,7 @@ def make_plan(
         bytes=size,
         duplicates=listed - assets,
         skipped=dict(skipped),
-        spans=assets,
+        spans=before + spans,
         spans_todo=todo,
         seconds=time.monotonic() - started,
     )
@@ -131,6 +144,20 @@ def write_plan(db: duckdb.DuckDBPyConnection, store: Store, run_id: str) -> tupl
         store.write(name, parquet_bytes(pa.Table.from_batches([batch]).cast(PLAN)))
         names.append(name)
     return tuple(names)
+
+
+def one_span(job: Job, db: duckdb.DuckDBPyConnection) -> None:
+    """An image is one span."""
+    db.execute(
+        """CREATE TABLE divided AS
+        SELECT asset_id, 0::INTEGER AS span_index, 1::INTEGER AS span_count,
+               NULL::DOUBLE AS span_start_s, NULL::DOUBLE AS span_end_s
+        FROM unfinished"""
+    )
+
+
+# How the assets of a modality are cut into spans: fills `divided` from `unfinished`.
+DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection], None]] = {"image": one_span}
 
 
 def _list(

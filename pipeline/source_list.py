@@ -147,11 +147,15 @@ def _walk(
             yield Entry(path[len(root) + 1 :], Asset(uri, version_of(info), info["size"]))
 
 
+MISSING = "missing"
+
+
 def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: bool = False) -> Asset:
     """`asset` with the version and size that its store names, in one request.
 
-    A file that is missing or forbidden stays as it is (the fetch gives it its code) unless it
-    `must_exist`; so does an http(s) one. A store that does not answer is a SourceError: without
+    A file that is missing or forbidden keeps its row (the fetch gives it its code) unless it
+    `must_exist`. Missing is a version: when the file comes back it has another, and is another
+    asset. An http(s) one stays as it is. A store that does not answer is a SourceError: without
     the version the same file would pass for another asset.
     """
     uri = asset.fetch_uri
@@ -176,7 +180,8 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
     except LISTING_FAULTS as error:
         if must_exist or not _is_rows_own(uri, error):
             raise refusal(uri, error) from error
-        return asset
+        gone = not isinstance(error, StoreError) and classify(error)[0] == "fetch.not_found"
+        return replace(asset, version=MISSING) if gone else asset
     return replace(asset, version=version, size_bytes=size)
 
 
