@@ -218,7 +218,8 @@ def _results_query() -> str:
 
 def _failures_query() -> str:
     return f"""
-    SELECT {", ".join(FAILED.names)} FROM {ledger.spans_of("touched")} JOIN (SELECT asset_id, place FROM touched) USING (asset_id)
+    SELECT {", ".join(FAILED.names)} FROM {ledger.spans_of("touched")}
+    JOIN (SELECT asset_id, place FROM touched) USING (asset_id)
     WHERE status = 'failed' ORDER BY place, span_index"""
 
 

@@ -32,6 +32,7 @@ from pipeline.store import Store
 
 FOLDER = "plan"
 ROWS_A_PART = 16_384
+MEMORY_LIMIT = "2GB"
 
 # Extensions that a prefix without input.include takes, by modality.
 EXTENSIONS = {
@@ -75,6 +76,8 @@ def scratch() -> Iterator[duckdb.DuckDBPyConnection]:
         db = duckdb.connect(str(Path(folder) / "plan.duckdb"))
         try:
             db.execute(f"SET temp_directory = '{folder}/spill'")
+            # Without it DuckDB takes 80 % of a machine that the engine and Ray need as well.
+            db.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
             db.execute("SET preserve_insertion_order = false")
             db.execute("SET TimeZone = 'UTC'")
             yield db
