@@ -1,38 +1,64 @@
-"""The command line: `polyscribe run | plan | verify`, the same as `python -m jobs`."""
+"""The command line: `polyscribe run | plan | verify | submit | status | logs | stop`.
+
+The same as `python -m jobs`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 from rich.console import Console
 
+from jobs.exits import (
+    BROKEN,
+    FINISHED,
+    HELD,
+    INTERRUPTED,
+    REFUSED,
+    TERMINATED,
+    TOO_MANY_FAILED,
+)
 from pipeline.config import ConfigError, load_job
 
-# What a scheduler can tell apart.
-FINISHED, BROKEN, REFUSED, TOO_MANY_FAILED, STOPPED = 0, 1, 2, 3, 130
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT: everything on the way out is put in order."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     console = Console(soft_wrap=True)
+    if on_main := threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code: int = options.command(options, console)
     except ConfigError as error:
         return _refuse(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as error:
         print("stopped: what is finished is committed; run again to do the rest", file=sys.stderr)
-        return STOPPED
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, before)
     return code
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the first's work
+    raise Terminated
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     from jobs.table import print_answers
     from pipeline.assemble import LostSpansError
+    from pipeline.lease import LeaseError
     from pipeline.run import BrokenRunError, run
     from pipeline.source import SourceError
 
@@ -41,6 +67,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         finished = run(job, console)
     except SourceError as error:
         return _refuse(str(error))
+    except LeaseError as error:
+        print(error, file=sys.stderr)
+        return HELD
     except (BrokenRunError, LostSpansError) as error:
         print(error, file=sys.stderr)
         return BROKEN
@@ -92,6 +121,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from jobs.submit import add_commands
+
     parser = argparse.ArgumentParser(prog="polyscribe", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
@@ -122,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="YAML",
         help="for fsspec, for example '{endpoint_url: http://...}'",
     )
+    add_commands(commands)
     return parser
 
 

@@ -29,6 +29,8 @@ FAILURES: dict[str, Failure] = {
     "fetch.changed": Failure("the object changed between listing and reading", transient=True),
     "decode.empty": Failure("the file has no bytes"),
     "decode.unsupported": Failure("the bytes are no format that the decoder knows"),
+    "decode.no_audio": Failure("the file has no sound track"),
+    "decode.too_short": Failure("there is less than 0.1 s of sound"),
     "decode.corrupt": Failure("the file is damaged or ends early"),
     "decode.too_large": Failure("the picture has more pixels than image.max_pixels"),
     "decode.timeout": Failure("decoding took longer than image.timeout_s"),
@@ -41,6 +43,7 @@ FAILURES: dict[str, Failure] = {
     "prepare.too_long": Failure("prompt and media exceed model.max_model_len"),
     "generate.looped": Failure("the answer repeated itself"),
     "generate.truncated": Failure("the answer hit sampling.max_tokens"),
+    "generate.refused": Failure("the model says that it cannot transcribe, instead of doing so"),
     "generate.rejected": Failure("the engine refused the request"),
     "generate.engine_killed": Failure("the engine died twice while this row was in it"),
 }

@@ -30,6 +30,7 @@ from operators.engine import (
 )
 from operators.errors import MediaError
 from operators.prompt import Prompt
+from operators.retry import halves, joined, went_wrong
 from operators.schema import ANSWERS, PREPARED
 from operators.settings import ImageSettings
 
@@ -67,7 +68,7 @@ class Generate:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.cast(PREPARED)
-        work = [index for index, code in enumerate(table["error_code"].to_pylist()) if code is None]
+        work = [index for index, asked in enumerate(table["window_tokens"]) if asked.is_valid]
         ids = table["span_id"].take(pa.array(work, pa.int64())).to_pylist()
         strikes = dict(zip(work, self._strikes.counts(ids) if ids else [], strict=True))
         answers: dict[int, _Outcome] = {}
@@ -104,15 +105,24 @@ class Generate:
         self._strikes.begin(ids)
         started = time.monotonic()
         waiting = {
-            index: [self._submit(request) for request in self._requests(row)]
+            index: [(request, self._submit(request)) for request in self._requests(row)]
             for index, row in rows.items()
         }
         outcomes = {}
-        for index, futures in waiting.items():
-            answers = [_answer(future) for future in futures]
+        for index, windows in waiting.items():
+            answers = [
+                self._again(request, _answer(future), rows[index]) for request, future in windows
+            ]
             outcomes[index] = _Outcome(answers, seconds=time.monotonic() - started)
         self._strikes.end(ids)
         return outcomes
+
+    def _again(self, request: Request | MediaError, answer: Answer, row: dict[str, Any]) -> Answer:
+        """One more try of speech that gave no transcript, in shorter pieces."""
+        if not isinstance(request, AudioRequest) or not went_wrong(answer):
+            return answer
+        parts = halves(request, self._prompt, json.loads(row["variables"] or "null"))
+        return joined(answer, [_answer(future) for future in map(self._engine.submit, parts)])
 
     def _submit(self, request: Request | MediaError) -> Future[Answer]:
         if not isinstance(request, MediaError):

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from operators.contain import Contained
@@ -24,27 +21,10 @@ from operators.decode_image import probe_image
 from operators.errors import MediaError
 from operators.fetch import Fetched, FetchError, Ref
 from operators.prepare_image import PRELOAD, media_hash, prepare_image
+from operators.prepared import Row, Window, prepared_table
 from operators.prompt import Prompt
-from operators.schema import PLAN, PREPARED
+from operators.schema import PLAN
 from operators.settings import ImageSettings
-
-
-@dataclass
-class _Row:
-    """One row's new columns, as far as it came."""
-
-    width_px: int | None = None
-    height_px: int | None = None
-    attempts: int | None = None
-    fetch_s: float | None = None
-    decode_s: float | None = None
-    prepare_s: float | None = None
-    tokens: list[int] | None = None
-    media: memoryview | bytes | None = None
-    columns: int = 0
-    rows: int = 0
-    media_hash: str | None = None
-    error: MediaError | None = None
 
 
 class Media:
@@ -80,17 +60,17 @@ class Media:
         contained = _contained(self._image.max_memory_bytes)
         run = partial(self._run, contained)
         rows = list(_threads(self._concurrency).map(run, asked))
-        return _table(plan, rows)
+        return prepared_table(plan, rows)
 
-    def _run(self, contained: Contained, asked: dict[str, Any]) -> _Row:
-        row = _Row()
+    def _run(self, contained: Contained, asked: dict[str, Any]) -> Row:
+        row = Row()
         try:
             self._prepare(row, contained, asked)
         except MediaError as error:
             row.error = error
         return row
 
-    def _prepare(self, row: _Row, contained: Contained, asked: dict[str, Any]) -> None:
+    def _prepare(self, row: Row, contained: Contained, asked: dict[str, Any]) -> None:
         started = time.monotonic()
         try:
             fetched = self._fetch(
@@ -117,18 +97,16 @@ class Media:
         row.width_px, row.height_px = done.width_px, done.height_px
         row.decode_s = done.decode_s
         started = time.perf_counter()
-        row.tokens = self._prompt.window(len(done.media), variables)
+        tokens = self._prompt.window(len(done.media), variables)
         row.prepare_s = done.prepare_s + time.perf_counter() - started
-        row.media, row.columns, row.rows = done.media.data, done.columns, done.rows
-        row.media_hash = done.media_hash
+        row.windows = [Window(tokens, done.media.data, done.columns, done.rows, done.media_hash)]
 
-    def _hand_on(self, row: _Row, contained: Contained, data: bytes) -> None:
+    def _hand_on(self, row: Row, contained: Contained, data: bytes) -> None:
         row.width_px, row.height_px = contained.submit(
             probe_image, data, self._image, timeout_s=self._image.timeout_s
         ).result()
         row.decode_s = row.prepare_s = 0.0
-        row.tokens, row.media = [], data
-        row.media_hash = media_hash(data, 0, 0)
+        row.windows = [Window([], data, 0, 0, media_hash(data, 0, 0))]
 
 
 @cache
@@ -139,52 +117,3 @@ def _contained(max_memory_bytes: int) -> Contained:
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="media")
-
-
-def _table(plan: pa.Table, rows: Sequence[_Row]) -> pa.Table:
-    failed = [row.error is not None for row in rows]
-    good = [row for row in rows if row.error is None]
-    errors = [row.error for row in rows]
-    new = {
-        "width_px": [row.width_px for row in rows],
-        "height_px": [row.height_px for row in rows],
-        "duration_s": [None] * len(rows),
-        "error_code": [error and error.code for error in errors],
-        "error_stage": [error and error.stage for error in errors],
-        "error_message": [error and error.message for error in errors],
-        "attempts": [row.attempts for row in rows],
-        "window_start_s": [None] * len(rows),
-        "window_end_s": [None] * len(rows),
-        "fetch_s": [row.fetch_s for row in rows],
-        "decode_s": [row.decode_s for row in rows],
-        "prepare_s": [row.prepare_s for row in rows],
-    }
-    columns = {name: pa.array(values, PREPARED.field(name).type) for name, values in new.items()}
-    payload = {
-        "window_tokens": pa.array([row.tokens for row in good], pa.list_(pa.int32())),
-        "window_media": _binary([row.media for row in good if row.media is not None]),
-        "window_columns": pa.array([row.columns for row in good], pa.int32()),
-        "window_rows": pa.array([row.rows for row in good], pa.int32()),
-        "window_media_hash": pa.array([row.media_hash for row in good], pa.string()),
-    }
-    # one window a row, none in a failed one
-    offsets = pa.array([0, *accumulate(int(not bad) for bad in failed)], pa.int32())
-    nulls = pa.array(failed, pa.bool_())
-    for name, values in payload.items():
-        columns[name] = pa.ListArray.from_arrays(
-            offsets, values, type=PREPARED.field(name).type, mask=nulls
-        )
-    return pa.Table.from_arrays([*plan.columns, *columns.values()], schema=PREPARED)
-
-
-def _binary(values: Sequence[memoryview | bytes]) -> pa.LargeBinaryArray:
-    """One copy into one buffer; pa.array would grow its buffer by doubling, and copy again."""
-    views = [memoryview(value).cast("B") for value in values]
-    ends = np.array([0, *accumulate(view.nbytes for view in views)], np.int64)
-    buffer = pa.allocate_buffer(int(ends[-1]))
-    target = memoryview(buffer).cast("B")
-    for view, start, end in zip(views, ends[:-1], ends[1:], strict=True):
-        target[start:end] = view
-    return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(views), [None, pa.py_buffer(ends), buffer]
-    )

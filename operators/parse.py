@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from operators.errors import FAILURES, MediaError
+from operators.retry import is_refusal
 from operators.schema import ANSWERS, LEDGER
+from operators.stitch import Heard, stitch
 
 # Enough of a bad answer to see what went wrong with it.
 EXCERPT_CHARS = 200
@@ -19,9 +21,10 @@ EXCERPT_CHARS = 200
 class Parse:
     """Batch callable: ANSWERS -> LEDGER, row for row."""
 
-    def __init__(self, run_id: str, prompt_name: str) -> None:
+    def __init__(self, run_id: str, prompt_name: str, language: str | None = None) -> None:
         self._run_id = run_id
         self._prompt_name = prompt_name
+        self._language = language
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.cast(ANSWERS).to_pylist()
@@ -29,24 +32,66 @@ class Parse:
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         answers = row.pop("window_answers")
-        fields: dict[str, Any] = {"status": "failed"}
+        fields: dict[str, Any] = {}
         if row["error_code"] is None:
-            fields |= counts(answers)
+            fields = counts(answers)
             try:
-                fields |= caption(answers, self._prompt_name)
+                if row["modality"] == "audio":
+                    fields |= transcript(row, answers) | {"language": self._language}
+                else:
+                    fields |= caption(answers, self._prompt_name)
             except MediaError as error:
-                row |= {
-                    "error_code": error.code,
-                    "error_stage": error.stage,
-                    "error_message": error.message,
-                }
+                fields |= failure(error)
+        fields = {"status": "failed", **row, **fields}
         return {
-            **{name: row.get(name) for name in LEDGER.names},
-            **fields,
-            "sealed": sealed(row["error_code"], row["version"]),
+            **{name: fields.get(name) for name in LEDGER.names},
+            "sealed": sealed(fields["error_code"], row["version"]),
             "run_id": self._run_id,
             "finished_at": datetime.now(UTC),
         }
+
+
+def failure(error: MediaError) -> dict[str, Any]:
+    """The error columns of a row."""
+    return {
+        "error_code": error.code,
+        "error_stage": error.stage,
+        "error_message": error.message,
+    }
+
+
+def transcript(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """status, text and segments of a span of speech from its windows.
+
+    A window that failed is a gap: the span is failed and says where, but keeps what it has, so that
+    its asset becomes partial. A span without windows is empty: nobody spoke. Raises MediaError where
+    all of it failed.
+    """
+    windows, first = [], None
+    for answer, start_s, end_s in zip(
+        answers, row["window_start_s"] or (), row["window_end_s"] or (), strict=True
+    ):
+        try:
+            check(answer)
+        except MediaError as error:
+            first = first or error
+            windows.append(Heard(start_s, end_s, None, error.code))
+        else:
+            windows.append(Heard(start_s, end_s, answer["text"]))
+    said = stitch(windows)
+    if first is not None and not said.segments:
+        raise first
+    fields: dict[str, Any] = {
+        "status": "ok" if said.segments else "empty",
+        "text": said.text,
+        "segments": [vars(segment) for segment in said.segments],
+    }
+    if row["error_message"] is not None:  # the end of the sound is missing (operators/prepared.py)
+        first = first or MediaError("decode.corrupt", row["error_message"])
+    if first is not None:
+        messages = [text for text in (said.gap_message(), row["error_message"]) if text]
+        fields |= {"status": "failed", **failure(MediaError(first.code, "; ".join(messages)))}
+    return fields
 
 
 def sealed(code: str | None, version: str | None) -> bool:
@@ -76,6 +121,8 @@ def check(answer: Mapping[str, Any]) -> None:
     if answer["error_code"] is not None:
         raise MediaError(answer["error_code"], answer["error_message"])
     if answer["finish_reason"] == "stop":
+        if is_refusal(answer["text"]):
+            raise MediaError("generate.refused", answer["text"])
         return
     tail = answer["text"].strip()[-EXCERPT_CHARS:]
     if answer["finish_reason"] == "repetition":
@@ -90,7 +137,7 @@ def counts(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Token sums of a span, and the finish reason of its last window."""
     names = ("prompt_tokens", "media_tokens", "output_tokens")
     return {
-        "finish_reason": answers[-1]["finish_reason"],
+        "finish_reason": answers[-1]["finish_reason"] if answers else None,
         **{name: sum(answer[name] or 0 for answer in answers) for name in names},
     }
 

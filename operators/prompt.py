@@ -7,8 +7,9 @@ the placeholder to the window's tokens. Neither the template nor a hub is needed
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from operators.errors import MediaError
-from operators.settings import ModelSettings, PromptSettings
+from operators.settings import AudioSettings, ModelSettings, PromptSettings
 
 VARIABLE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -55,6 +56,27 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
+# The model's own words for speech (its card, "audio"); FACTS of its failures: keep it short, no system
+# turn, the sound after the text.
+SPOKEN = "Transcribe the following speech segment in {source}"
+FORMATTING = " Follow these specific instructions for formatting the answer:"
+ONLY = "\n* Only output the transcription, with no newlines."
+DIGITS = (
+    "\n* When transcribing numbers, write the digits, i.e. write 1.7 and not one point seven, and write"
+    " 3 instead of three."
+)
+VOCABULARY = "\n* These names and terms may occur: {terms}."
+TRANSLATE = (
+    ", then translate it into {target}.\nWhen formatting the answer, first output the transcription in"
+    " {source}, then one newline, then output the string '{target}: ', then the translation in {target}."
+)
+UNKNOWN_LANGUAGE = "its original language"
+# About 100 tokens, in every window's prompt.
+MAX_VOCABULARY_CHARS = 400
+# Fast speech has 5 words a second; 3 tokens a word are enough for long words and rare scripts. An
+# answer that is longer loops.
+ANSWER_TOKENS_PER_S = 16
+
 # For an own prompt without sampling.max_tokens.
 CUSTOM_MAX_TOKENS = 512
 
@@ -67,6 +89,39 @@ def instruction(settings: PromptSettings, default_preset: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"prompt.preset: must be one of {', '.join(PRESETS)}; got {name!r}")
     return PRESETS[name]
+
+
+def transcribe_instruction(audio: AudioSettings) -> Preset:
+    """The instruction for speech. audio.language may be a {variable} of the manifest.
+
+    Raises ValueError for a vocabulary that is too long, or that is not plain text.
+    """
+    source = audio.language or UNKNOWN_LANGUAGE
+    tokens = math.ceil(audio.window_s * ANSWER_TOKENS_PER_S)
+    text = SPOKEN.format(source=source)
+    rules = (DIGITS if audio.digits else "") + _vocabulary(audio.vocabulary)
+    if audio.translate_to is not None:
+        text += TRANSLATE.format(source=source, target=audio.translate_to)
+        return Preset(text + rules, 2 * tokens)
+    into = f" into {source} text." if audio.language else "."
+    return Preset(text + into + FORMATTING + ONLY + rules, tokens)
+
+
+def _vocabulary(terms: Sequence[str]) -> str:
+    if not terms:
+        return ""
+    joined = ", ".join(term.strip() for term in terms)
+    if len(joined) > MAX_VOCABULARY_CHARS:
+        raise ValueError(
+            f"audio.vocabulary: {len(joined)} characters; at most {MAX_VOCABULARY_CHARS}, since they"
+            " stand in the prompt of every window"
+        )
+    bad = next((term for term in terms if not term.strip() or set(term) & set("{}<>|\n\r")), None)
+    if bad is not None:
+        raise ValueError(
+            f"audio.vocabulary: must be words without {{}}<>| and newlines; got {bad!r}"
+        )
+    return VOCABULARY.format(terms=joined)
 
 
 def variables_in(text: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Every column of the way, once: its Arrow type, its unit, and who writes it.
 
     FOUND     an asset as the listing or the manifest names it          pipeline/source.py
+    DIVIDED   an asset's spans                                          operators/divide.py
     PLAN      a span of work, from the plan to the ledger               pipeline/plan.py
     PREPARED  what the media stage adds; payload columns leave early    operators/media.py
     ANSWERS   what the engine adds                                      operators/generate.py
@@ -38,13 +39,21 @@ FOUND = pa.schema(
     ]
 )
 
+SPAN = [
+    ("span_index", pa.int32()),
+    ("span_count", pa.int32()),
+    # nominal; the cut lies in the best pause nearby
+    ("span_start_s", pa.float64()),
+    ("span_end_s", pa.float64()),
+]
+
+DIVIDED = pa.schema([("asset_id", pa.string()), *SPAN])
+
 PLAN = pa.schema(
     [
+        # asset_id-index-count: another division is another span
         ("span_id", pa.string()),
-        ("span_index", pa.int32()),
-        ("span_count", pa.int32()),
-        ("span_start_s", pa.float64()),
-        ("span_end_s", pa.float64()),
+        *SPAN,
         *FOUND,
     ]
 )
@@ -122,8 +131,8 @@ LEDGER = pa.schema(
         *[
             field
             for field in ANSWERS
-            if not field.name.startswith(("fetch_uri", "fetch_offset", "fetch_length"))
-            and field.name not in ("window_answers", "variables")
+            if not field.name.startswith(("fetch_uri", "fetch_offset", "fetch_length", "window_"))
+            and field.name != "variables"
         ],
         *ANSWER_FIELDS,
         # false: failed for a reason that may pass; the next run asks again

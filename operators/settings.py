@@ -110,6 +110,9 @@ class AudioSettings(Settings):
         0.5, gt=0, lt=1, description="voice activity above it is speech; Silero's own default"
     )
     span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 300.0
+    # a day of 16-bit stereo at 44.1 kHz is 15 GB
+    max_file_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 16 << 30
+    max_cache_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 32 << 30
     max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 2 << 30
     timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
 

@@ -8,8 +8,12 @@ _SUCCESS sees one state or the next, never a mixture.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import duckdb
@@ -17,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.schema import FAILED, RESULTS
+from operators.stitch import Segment, join
+from operators.subtitles import cues, srt, webvtt
 from pipeline import ledger
 from pipeline.config import Job
 from pipeline.parts import Part, parquet_bytes, part
@@ -25,7 +31,10 @@ from pipeline.store import Store
 
 MARKER = "_SUCCESS"
 RESULTS_FOLDER, FAILURES_FOLDER = "results", "failures"
+SUBTITLES_FOLDER = "subtitles"
 ROWS_A_PART = 65_536
+# Two small objects an asset; a store takes some milliseconds for each.
+SUBTITLE_THREADS = 16
 
 
 class LostSpansError(Exception):
@@ -78,6 +87,7 @@ def assemble(
     base = [Part(**entry) for entry in marker["files"]] if marker else []
     runs = list(marker["runs"]) if marker else []
     _load_base(db, store, base)
+    db.create_function("joined", join, ["VARCHAR[]"], "VARCHAR")
     db.execute(
         """CREATE OR REPLACE TABLE touched AS
         SELECT asset_id, min(place) AS place FROM found JOIN ledger USING (asset_id)
@@ -108,6 +118,8 @@ def assemble(
             "prompt": job.prompt_name,
         },
     )
+    if job.modality == "audio" and job.output.subtitles:
+        write_subtitles(store, [item.name for item in parts if plan.run_id in item.name])
     parts += _write(db, store, FAILURES_FOLDER, plan.run_id, _failures_query(), FAILED, {})
     return Assembly(
         parts=tuple(parts),
@@ -184,6 +196,27 @@ def _put(store: Store, name: str, table: pa.Table) -> Part:
     return part(name, table, data)
 
 
+def write_subtitles(store: Store, names: list[str]) -> None:
+    """.vtt and .srt of every asset in these parts of results that says something."""
+    with ThreadPoolExecutor(SUBTITLE_THREADS) as pool:
+        for name in names:
+            if not name.startswith(RESULTS_FOLDER):
+                continue
+            rows = read_part(store, name, ["asset_id", "uri", "segments"]).to_pylist()
+            for _ in pool.map(partial(_subtitles, store), rows):
+                pass
+
+
+def _subtitles(store: Store, row: dict[str, Any]) -> None:
+    if not row["segments"]:
+        return
+    made = cues([Segment(**segment) for segment in row["segments"]])
+    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(row["uri"]).stem)[:80]
+    name = f"{SUBTITLES_FOLDER}/{stem}-{row['asset_id'][:12]}"
+    store.write(f"{name}.vtt", webvtt(made).encode())
+    store.write(f"{name}.srt", srt(made).encode())
+
+
 def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
     """One part of results or failures."""
     filesystem, root = store.arrow()
@@ -198,7 +231,8 @@ def _results_query() -> str:
         CASE WHEN bool_and(status = 'failed' AND text IS NULL) THEN 'failed'
              WHEN bool_or(status = 'failed') THEN 'partial'
              WHEN bool_and(status = 'empty') THEN 'empty' ELSE 'ok' END AS status,
-        string_agg(text, ' ' ORDER BY span_index) AS text,
+        CASE WHEN count(*) = 1 THEN any_value(text)
+             ELSE joined(list(text ORDER BY span_index) FILTER (text IS NOT NULL)) END AS text,
         any_value(language) AS language,
         flatten(list(segments ORDER BY span_index) FILTER (segments IS NOT NULL)) AS segments,
         any_value(structured) AS structured,
@@ -210,7 +244,7 @@ def _results_query() -> str:
         sum(output_tokens)::BIGINT AS output_tokens,
         arg_min(error_code, span_index) AS error_code,
         arg_min(error_stage, span_index) AS error_stage,
-        arg_min(error_message, span_index) AS error_message,
+        string_agg(error_message, '; ' ORDER BY span_index) AS error_message,
         max(attempts) AS attempts, max(run_id) AS run_id
     FROM {ledger.spans_of("touched")} JOIN touched USING (asset_id)
     GROUP BY asset_id ORDER BY min(place)"""

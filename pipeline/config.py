@@ -16,8 +16,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from operators.prompt import Preset, instruction, variables_in
+from operators.frames import SAMPLE_RATE_HZ, frame_count
+from operators.prompt import Preset, instruction, transcribe_instruction, variables_in
 from operators.settings import (
+    AudioSettings,
     FetchSettings,
     ImageSettings,
     ModelSettings,
@@ -31,7 +33,10 @@ from operators.stores import redact
 SEMANTICS_VERSION = 1
 
 # What a task asks where the job names no prompt.
-DEFAULT_PRESET = {"caption": "caption-dense", "custom": ""}
+DEFAULT_PRESET = {"caption": "caption-dense"}
+
+# What a task is done to.
+MODALITY = {"caption": "image", "custom": "image", "transcribe": "audio"}
 
 SECRET_NAME = re.compile(
     r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
@@ -83,6 +88,7 @@ class OutputConfig(Settings):
 
     uri: str = Field(min_length=1)
     storage_options: dict[str, Any] = Field(default_factory=dict)
+    subtitles: bool = Field(True, description="write .vtt and .srt where there is speech")
 
 
 class EngineConfig(Settings):
@@ -116,6 +122,11 @@ class EngineConfig(Settings):
 class ResourcesConfig(Settings):
     """How much of the cluster. None: derived in pipeline/compute.py from cluster and model."""
 
+    accelerator: Literal["auto", "gpu", "cpu"] = Field(
+        "auto",
+        description="auto: GPUs if the cluster has any now; gpu: also where it has none yet, for a pool"
+        " that scales from zero (give resources.engines then); cpu: leave GPUs alone",
+    )
     engines: int | None = Field(None, ge=1, description="GPU actors; default: one a GPU")
     media_workers: int | None = Field(None, ge=1, description="at most so many media tasks at once")
     rows_per_block: int | None = Field(None, ge=1, le=4096)
@@ -138,12 +149,13 @@ class LimitsConfig(Settings):
 class Job(Settings):
     """One job file."""
 
-    task: Literal["caption", "custom"]
+    task: Literal["caption", "transcribe", "custom"]
     input: InputConfig
     output: OutputConfig
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
     image: ImageSettings = ImageSettings()
+    audio: AudioSettings = AudioSettings()
     sampling: SamplingSettings = SamplingSettings()
     fetch: FetchSettings = FetchSettings()
     engine: EngineConfig = EngineConfig()
@@ -161,22 +173,44 @@ class Job(Settings):
                 f"prompt.text uses {{{unknown[0]}}}, which input.variable_columns does not name;"
                 f" allowed: {', '.join(names) or 'none'}"
             )
-        if self.answer_tokens + self.image.max_soft_tokens + 2 >= self.model.max_model_len:
+        if self.answer_tokens + self.window_tokens + 2 >= self.model.max_model_len:
             raise ValueError(
                 f"model.max_model_len: {self.model.max_model_len} has no room for an answer of"
-                f" {self.answer_tokens} tokens beside {self.image.max_soft_tokens} of an image"
+                f" {self.answer_tokens} tokens beside {self.window_tokens} of {self.modality}"
             )
+        if self.modality == "audio" and self.model.render == "engine":
+            raise ValueError("model.render: engine is for images; audio is always prepared")
         return self
 
     @property
+    def modality(self) -> str:
+        """image or audio."""
+        return MODALITY[self.task]
+
+    @property
+    def window_tokens(self) -> int:
+        """Media tokens that one request may have."""
+        if self.modality == "audio":
+            return frame_count(round(self.audio.window_s * SAMPLE_RATE_HZ))
+        return self.image.max_soft_tokens
+
+    @property
     def prompt_name(self) -> str:
-        """The preset's name, or custom."""
-        return "custom" if self.prompt.text else self.prompt.preset or DEFAULT_PRESET[self.task]
+        """The preset's or the task's name, or custom."""
+        if self.prompt.text:
+            return "custom"
+        if self.modality == "audio":
+            return "translate" if self.audio.translate_to else "transcribe"
+        return self.prompt.preset or DEFAULT_PRESET[self.task]
 
     @property
     def instruction(self) -> Preset:
         """The resolved instruction."""
-        return instruction(self.prompt, DEFAULT_PRESET[self.task])
+        if self.modality == "audio" and self.prompt.text is None:
+            if self.prompt.preset is not None:
+                raise ValueError("prompt.preset: task transcribe has none; see the section audio")
+            return transcribe_instruction(self.audio)
+        return instruction(self.prompt, DEFAULT_PRESET.get(self.task, ""))
 
     @property
     def answer_tokens(self) -> int:
@@ -187,7 +221,7 @@ class Job(Settings):
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes an answer, and nothing else."""
         asked: dict[str, Any] = {
-            name: _asked(getattr(self, name)) for name in ("model", "image", "sampling")
+            name: _asked(getattr(self, name)) for name in ("model", self.modality, "sampling")
         }
         # The resolved prompt, so that a default and its name are the same question.
         asked["prompt"] = [self.instruction.text, self.prompt_name]

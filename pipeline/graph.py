@@ -4,7 +4,9 @@
     plan      spans, minus those in the ledger        -> plan/*.parquet      pipeline/plan.py
     fetch     bounded, retried, ahead of the decoder  -> bytes               operators/fetch.py
     decode    in a child process                      -> pixels              operators/decode_image.py
+                                                         or a waveform       operators/decode_audio.py
     prepare   patchify, prompt, hash                  -> uint8 patches, ids  operators/patchify.py, prompt.py
+              cut in pauses, frame, prompt            -> float32 frames      operators/windows.py, frames.py
     generate  vLLM in an engine actor                 -> text                operators/generate.py, engine.py
     parse     loop, truncation and empty checks       -> fields or a code    operators/parse.py
     sink      one atomic object a write task          -> ledger/*.parquet    pipeline/ledger.py
@@ -26,14 +28,15 @@ from operators.engine import Engine, EngineOptions, TextEngine
 from operators.fetch import Fetch
 from operators.generate import Generate
 from operators.media import Media
+from operators.media_audio import AudioMedia
 from operators.parse import Parse
 from operators.prompt import Prompt
 from pipeline.compute import Compute
 from pipeline.config import Job
+from pipeline.divide import local_files
 from pipeline.progress import Reporter
 from pipeline.store import Store
 from pipeline.strikes import ActorStrikes
-
 
 # Parse and sink are one task, and a small one: with a whole CPU each they would wait until the media
 # tasks are done (seen on two CPUs: no commit in 60 s, then all of them).
@@ -53,18 +56,11 @@ def way(
 ) -> ray.data.Dataset:
     """From the plan's parts to ledger rows. Nothing runs until the sink pulls."""
     filesystem, root = store.arrow()
-    media = Media(
-        fetch=Fetch(job.fetch, job.input.storage_options),
-        image=job.image,
-        prompt=prompt,
-        render=job.model.render,
-        concurrency=job.fetch.concurrency,
-    )
     plan = ray.data.read_parquet([f"{root}/{name}" for name in plan_parts], filesystem=filesystem)
     return (
         plan.repartition(target_num_rows_per_block=compute.rows_per_block)
         .map_batches(
-            media,
+            media_stage(job, prompt),
             batch_size=compute.rows_per_block,
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=compute.media_workers),
@@ -91,7 +87,7 @@ def way(
             num_gpus=compute.engine_gpus or None,
         )
         .map_batches(
-            Parse(run_id, job.prompt_name),
+            Parse(run_id, job.prompt_name, job.audio.language),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=SINK_CPUS,
@@ -99,10 +95,23 @@ def way(
     )
 
 
+def media_stage(job: Job, prompt: Prompt) -> Media | AudioMedia:
+    """Fetch, decode and prepare of the job's modality."""
+    if job.modality == "audio":
+        return AudioMedia(local_files(job), job.audio, prompt)
+    return Media(
+        Fetch(job.fetch, job.input.storage_options),
+        job.image,
+        prompt,
+        render=job.model.render,
+        concurrency=job.fetch.concurrency,
+    )
+
+
 def vllm_engine(job: Job) -> Callable[[], TextEngine]:
     """What each engine actor starts: vLLM with the job's model and settings."""
     options = EngineOptions(
-        modality="image",
+        modality=job.modality,
         max_soft_tokens=job.image.max_soft_tokens,
         answer_tokens=job.answer_tokens,
         **job.engine.model_dump(),

@@ -25,7 +25,9 @@ import pyarrow as pa
 
 from operators.schema import FOUND, PLAN
 from pipeline import ledger
+from pipeline.cluster import Connect
 from pipeline.config import Job
+from pipeline.divide import divide_audio
 from pipeline.parts import parquet_bytes
 from pipeline.source import Source
 from pipeline.store import Store
@@ -39,8 +41,12 @@ EXTENSIONS = {
     "image": frozenset(
         {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
     ),
+    # and the sound tracks of videos
+    "audio": frozenset(
+        {".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aiff", ".aif"}
+        | {".amr", ".caf", ".mka", ".webm", ".mp4", ".mov", ".mkv", ".avi"}
+    ),
 }
-MODALITY = {"caption": "image", "custom": "image"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def make_plan(
     db: duckdb.DuckDBPyConnection,
     store: Store,
     run_id: str,
+    connect: Connect,
     progress: Callable[[int], None] = lambda assets: None,
 ) -> Plan:
     """List, drop duplicates, cut into spans, take away what the ledger has.
@@ -111,7 +118,7 @@ def make_plan(
         USING (asset_id, span_count) WHERE spans = span_count"""
     )
     db.execute("CREATE TABLE unfinished AS SELECT * FROM found ANTI JOIN finished USING (asset_id)")
-    DIVIDE[MODALITY[job.task]](job, db)
+    DIVIDE[job.modality](job, db, connect)
     db.execute(
         """CREATE TABLE todo AS
         SELECT printf('%s-%05d-%05d', asset_id, span_index, span_count) AS span_id,
@@ -149,7 +156,7 @@ def write_plan(db: duckdb.DuckDBPyConnection, store: Store, run_id: str) -> tupl
     return tuple(names)
 
 
-def one_span(job: Job, db: duckdb.DuckDBPyConnection) -> None:
+def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
     """An image is one span."""
     db.execute(
         """CREATE TABLE divided AS
@@ -160,14 +167,16 @@ def one_span(job: Job, db: duckdb.DuckDBPyConnection) -> None:
 
 
 # How the assets of a modality are cut into spans: fills `divided` from `unfinished`.
-DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection], None]] = {"image": one_span}
+DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection, Connect], None]] = {
+    "image": one_span,
+    "audio": divide_audio,
+}
 
 
 def _list(
     job: Job, db: duckdb.DuckDBPyConnection, progress: Callable[[int], None]
 ) -> tuple[int, Counter[str]]:
-    modality = MODALITY[job.task]
-    source = Source(job.input, modality, EXTENSIONS[modality])
+    source = Source(job.input, job.modality, EXTENSIONS[job.modality])
     db.register("empty", FOUND.empty_table())
     db.execute("CREATE TABLE listed AS SELECT *, 0::BIGINT AS place FROM empty")
     listed = 0

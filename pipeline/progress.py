@@ -17,6 +17,8 @@ import ray
 from rich.console import Console
 from rich.live import Live
 
+from pipeline.strikes import beside_driver
+
 QUIET_EVERY_S = 30.0
 LIVE_EVERY_S = 0.5
 LISTING_EVERY_S = 5.0
@@ -48,7 +50,7 @@ class Tally:
 
 
 def open_tally() -> ray.actor.ActorHandle:
-    return ray.remote(num_cpus=0)(Tally).remote()
+    return ray.remote(Tally).options(num_cpus=0, **beside_driver()).remote()
 
 
 class Reporter:

@@ -39,7 +39,7 @@ def answers(
     for row in rows:
         ref = Ref(*(row.pop(f"fetch_{name}") for name in ("uri", "offset", "length")))
         row["picture"] = None
-        if row["error_code"] is None:
+        if row["error_code"] is None and job.modality == "image":
             row["picture"] = _picture(job, fetch, contained, ref)
     contained.close()
     return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -67,4 +68,9 @@ class ActorStrikes:
 
 def open_book() -> ray.actor.ActorHandle:
     """A book on the driver's node; it needs no CPU of its own."""
-    return ray.remote(num_cpus=0)(StrikeBook).remote()
+    return ray.remote(StrikeBook).options(num_cpus=0, **beside_driver()).remote()
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that must live as long as the driver: worker nodes come and go."""
+    return {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}

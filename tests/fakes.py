@@ -8,6 +8,21 @@ from concurrent.futures import Future
 
 from operators.engine import Answer, ImageRequest, Request
 from operators.errors import MediaError
+from operators.prompt import Prompt
+
+# A rendered prompt of six tokens, without a checkpoint.
+PROMPT = Prompt(
+    text="say",
+    rendered="",
+    head=(1, 2),
+    tail=(3,),
+    begin_id=6,
+    media_id=7,
+    end_id=8,
+    control_tokens=(),
+    max_variable_chars=10,
+    max_tokens=100,
+)
 
 
 def done(answer: Answer) -> Future[Answer]:

@@ -10,27 +10,13 @@ import media
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import EchoEngine, MemoryStrikes, done
+from fakes import PROMPT, EchoEngine, MemoryStrikes, done
 
 from operators.engine import Answer
 from operators.errors import MediaError
 from operators.generate import Gate, Generate
-from operators.prompt import Prompt
 from operators.schema import ANSWERS, PREPARED
 from operators.settings import ImageSettings
-
-PROMPT = Prompt(
-    text="say",
-    rendered="",
-    head=(1, 2),
-    tail=(3,),
-    begin_id=6,
-    media_id=7,
-    end_id=8,
-    control_tokens=(),
-    max_variable_chars=10,
-    max_tokens=100,
-)
 
 
 def row(name: str, columns: int = 2, rows: int = 1, **fields: object) -> dict[str, object]:

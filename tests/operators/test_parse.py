@@ -89,3 +89,46 @@ def test_tags_are_structured() -> None:
 def test_caption_raises_for_a_loop() -> None:
     with pytest.raises(MediaError, match="repeats"):
         caption([answer("x x x", "repetition")], "caption-dense")
+
+
+def spoken(*answers: dict[str, object], **fields: object) -> dict[str, object]:
+    starts = [10.0 * number for number in range(len(answers))]
+    return row(
+        modality="audio",
+        window_answers=list(answers),
+        window_start_s=starts,
+        window_end_s=[start + 8 for start in starts],
+        **fields,
+    )
+
+
+def test_windows_become_one_transcript_with_times() -> None:
+    (done,) = parsed(spoken(answer(" one two"), answer("[no speech]"), answer("three")))
+    assert (done["status"], done["text"]) == ("ok", "one two three")
+    assert done["segments"] == [
+        {"start_s": 0.0, "end_s": 8.0, "text": "one two"},
+        {"start_s": 20.0, "end_s": 28.0, "text": "three"},
+    ]
+    assert done["output_tokens"] == 15
+
+
+def test_a_span_without_speech_is_empty_and_no_window_was_asked() -> None:
+    (done,) = parsed(spoken())
+    assert (done["status"], done["text"], done["output_tokens"]) == ("empty", "", 0)
+
+
+def test_a_window_that_failed_is_a_gap_and_the_rest_is_kept() -> None:
+    (done,) = parsed(spoken(answer("one"), answer("x", "length"), answer("three")))
+    assert (done["status"], done["error_code"]) == ("failed", "generate.truncated")
+    assert done["text"] == "one three"
+    assert "0:00:10.0-0:00:18.0 generate.truncated" in str(done["error_message"])
+    (lost,) = parsed(spoken(answer("x", "length")))
+    assert (lost["status"], lost["text"]) == ("failed", None)
+
+
+def test_sound_that_ends_early_is_a_gap_as_well() -> None:
+    (done,) = parsed(
+        spoken(answer("one"), error_stage="decode", error_message="no sound from 9.0 s to 30.0 s")
+    )
+    assert (done["status"], done["error_code"], done["text"]) == ("failed", "decode.corrupt", "one")
+    assert "no sound from 9.0 s" in str(done["error_message"])

@@ -9,8 +9,15 @@ import pytest
 from transformers import AutoProcessor
 
 from operators.errors import MediaError
-from operators.prompt import PRESETS, Prompt, instruction, load_prompt, variables_in
-from operators.settings import ModelSettings, PromptSettings
+from operators.prompt import (
+    PRESETS,
+    Prompt,
+    instruction,
+    load_prompt,
+    transcribe_instruction,
+    variables_in,
+)
+from operators.settings import AudioSettings, ModelSettings, PromptSettings
 
 
 def load(checkpoint: Path, text: str, modality: str = "image", answer_tokens: int = 64) -> Prompt:
@@ -90,3 +97,77 @@ def test_presets_and_own_texts() -> None:
     with pytest.raises(ValueError, match=r"prompt\.preset: must be one of .*caption-short.*'x'"):
         instruction(PromptSettings(preset="x"), "tags")
     assert variables_in('Answer as {"a": 1} about {title} and {name_2}.') == {"title", "name_2"}
+
+
+RULES = (
+    " Follow these specific instructions for formatting the answer:\n"
+    "* Only output the transcription, with no newlines."
+)
+NUMBERS = (
+    "\n* When transcribing numbers, write the digits, i.e. write 1.7 and not one point seven, and write"
+    " 3 instead of three."
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({}, "Transcribe the following speech segment in its original language." + RULES + NUMBERS),
+        (
+            {"language": "English"},
+            "Transcribe the following speech segment in English into English text."
+            + RULES
+            + NUMBERS,
+        ),
+        (
+            {"language": "{spoken}", "digits": False},
+            "Transcribe the following speech segment in {spoken} into {spoken} text." + RULES,
+        ),
+        (
+            {"vocabulary": ("Ada Lovelace", "Zuse"), "digits": False},
+            "Transcribe the following speech segment in its original language."
+            + RULES
+            + "\n* These names and terms may occur: Ada Lovelace, Zuse.",
+        ),
+        (
+            {"language": "German", "translate_to": "French", "digits": False},
+            "Transcribe the following speech segment in German, then translate it into French.\n"
+            "When formatting the answer, first output the transcription in German, then one newline,"
+            " then output the string 'French: ', then the translation in French.",
+        ),
+    ],
+)
+def test_the_models_own_words_for_speech(asked: dict[str, object], text: str) -> None:
+    assert transcribe_instruction(AudioSettings(**asked)).text == text
+
+
+def test_the_nano_checkpoint_is_asked_what_it_was_trained_on() -> None:
+    instructions = pytest.importorskip("deploy.nano.instructions")
+    for asked, text in (
+        ({}, instructions.ASR_ORIGINAL),
+        ({"language": "English", "digits": False}, instructions.ASR_ENGLISH),
+        ({"language": "English"}, instructions.ASR_ENGLISH_DIGITS),
+    ):
+        assert transcribe_instruction(AudioSettings(**asked)).text == text
+
+
+def test_answers_have_room_for_fast_speech_and_a_translation() -> None:
+    assert transcribe_instruction(AudioSettings()).max_tokens == 240
+    assert transcribe_instruction(AudioSettings(window_s=30)).max_tokens == 480
+    assert transcribe_instruction(AudioSettings(translate_to="French")).max_tokens == 480
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "said"),
+    [
+        (("x" * 401,), "401 characters; at most 400"),
+        (("a" * 250, "b" * 250), "502 characters"),
+        (("{name}",), "must be words"),
+        (("<|audio>",), "must be words"),
+        (("two\nlines",), "must be words"),
+        (("good", " "), "must be words"),
+    ],
+)
+def test_a_vocabulary_is_short_and_plain(vocabulary: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=r"audio\.vocabulary: .*" + said):
+        transcribe_instruction(AudioSettings(vocabulary=vocabulary))

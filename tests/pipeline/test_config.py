@@ -32,7 +32,7 @@ def test_four_lines_are_a_job_and_the_defaults_are_the_12bs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("task: captoin\n", ["task", "'caption' or 'custom'", "'captoin'"]),
+        ("task: captoin\n", ["task", "'caption', 'transcribe' or 'custom'", "'captoin'"]),
         (MINIMAL + "image: {max_soft_tokens: 300}\n", ["image.max_soft_tokens", "280", "300"]),
         (MINIMAL + "image: {max_soft_token: 280}\n", ["image.max_soft_token", "no such field"]),
         (MINIMAL + "sampling: {temperature: hot}\n", ["sampling.temperature", "number", "'hot'"]),

@@ -1,0 +1,143 @@
+"""Commands for a cluster: `polyscribe submit | status | logs | stop`, through Ray's job server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from jobs.exits import BROKEN, FINISHED, INTERRUPTED, TERMINATED, UNFINISHED
+from pipeline.config import ConfigError, Job, load_job
+
+if TYPE_CHECKING:
+    from pipeline.submit import JobServer, State
+
+Command = Callable[["JobServer", argparse.Namespace, Console], int]
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Put the four commands into the parser of jobs/__main__.py."""
+    submit = commands.add_parser("submit", help="run a job on a Ray cluster")
+    submit.set_defaults(command=_with_server(_submit))
+    submit.add_argument("job", metavar="JOB.yaml")
+    _add_address(submit)
+    submit.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.field=value",
+        help="override one field of the job (may be repeated)",
+    )
+    submit.add_argument(
+        "--image-code",
+        action="store_true",
+        help="run the code in the cluster's image instead of sending this one",
+    )
+    _add_waiting(submit)
+    for name, command, text in (
+        ("status", _status, "say how a submitted job is"),
+        ("logs", _logs, "print what a submitted job said"),
+        ("stop", _stop, "stop a submitted job; what is finished stays"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=_with_server(command))
+        sub.add_argument("id", metavar="ID")
+        _add_address(sub)
+        if name != "status":
+            _add_waiting(sub)
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default="http://127.0.0.1:8265",
+        metavar="URL",
+        help="the cluster's dashboard (http://127.0.0.1:8265)",
+    )
+
+
+def _add_waiting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--wait", action="store_true", help="until it ends, with its exit code")
+    parser.add_argument("--follow", action="store_true", help="print its output; implies --wait")
+
+
+def _with_server(command: Command) -> Callable[[argparse.Namespace, Console], int]:
+    def run(options: argparse.Namespace, console: Console) -> int:
+        from pipeline.submit import JobServer, SubmitError
+
+        try:
+            return command(JobServer(options.address), options, console)
+        except SubmitError as error:
+            print(error, file=sys.stderr)
+            return BROKEN
+        except KeyboardInterrupt:
+            print("no longer watching; the job itself goes on", file=sys.stderr)
+            return INTERRUPTED
+
+    return run
+
+
+def _submit(server: JobServer, options: argparse.Namespace, console: Console) -> int:
+    job = load_job(options.job, options.set)
+    if not options.image_code:
+        _refuse_relative_paths(job)
+    metadata = {"fingerprint": job.fingerprint, "output": job.public()["output"]["uri"]}
+    job_id = server.submit(Path(options.job), options.set, metadata, code=not options.image_code)
+    console.print(job_id, highlight=False)
+    return _watch(server, job_id, options)
+
+
+def _status(server: JobServer, options: argparse.Namespace, console: Console) -> int:
+    state = server.state(options.id)
+    console.print(f"{state.status}: {state.message}", highlight=False, markup=False)
+    return exit_code(state)
+
+
+def _logs(server: JobServer, options: argparse.Namespace, console: Console) -> int:
+    if not options.follow:
+        _say(server.logs(options.id))
+    return _watch(server, options.id, options)
+
+
+def _stop(server: JobServer, options: argparse.Namespace, console: Console) -> int:
+    server.stop(options.id)
+    return _watch(server, options.id, options)
+
+
+def _watch(server: JobServer, job_id: str, options: argparse.Namespace) -> int:
+    if options.follow:
+        return exit_code(server.follow(job_id, _say))
+    return exit_code(server.wait(job_id)) if options.wait else FINISHED
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def exit_code(state: State) -> int:
+    """The job's own exit code; of one that has none, what its state means."""
+    if not state.ended:
+        return UNFINISHED
+    if state.status == "STOPPED":
+        return TERMINATED
+    if state.exit_code is not None:
+        return state.exit_code
+    return FINISHED if state.status == "SUCCEEDED" else BROKEN
+
+
+def _refuse_relative_paths(job: Job) -> None:
+    """On the cluster they would mean another folder, and results would vanish with it."""
+    named = {"input.uri": job.input.uri, "output.uri": job.output.uri}
+    if Path(job.model.id).exists():
+        named["model.id"] = job.model.id  # otherwise it is a name on the hub
+    for field, value in named.items():
+        if "://" not in value and not Path(value).is_absolute():
+            raise ConfigError(
+                f"{field}: {value} is a path relative to this folder, which the cluster does not"
+                " have; give a URI, or a full path that every node sees"
+            )

@@ -1,0 +1,252 @@
+"""The media stage for sound: a batch of PLAN rows in, the same rows as PREPARED out.
+
+A span's windows, each at most audio.window_s long and with zeros where nobody speaks, as frames and
+token ids. What a window holds depends on file and settings only (windows.py). A span in which nobody
+speaks has no windows, and the model is not asked.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from operators.decode_audio import decode_tiles
+from operators.errors import MediaError
+from operators.fetch import FetchError, Ref
+from operators.frames import SAMPLE_RATE_HZ, Waveform, frames
+from operators.local_files import LocalFile
+from operators.prepare_image import media_hash
+from operators.prepared import Row, Window, prepared_table
+from operators.probe import Sound, probe_audio
+from operators.prompt import Prompt
+from operators.schema import PLAN
+from operators.settings import AudioSettings
+from operators.voice import (
+    CHUNK_SAMPLES,
+    Probabilities,
+    only_speech,
+    speech_probabilities,
+    speech_regions,
+)
+from operators.windows import LEAD_CHUNKS, Grid, cut, grid
+
+# Headers are this far from the truth without anything being wrong.
+LEAST_MISSING_S = 1.0
+MISSING_FRACTION = 0.001
+
+# One file at a time is decoded in a process, whatever is being fetched: it has one CPU.
+_busy = threading.Lock()
+
+
+class Tile(NamedTuple):
+    """The stretch around a boundary: where it starts (a whole chunk), and what is there."""
+
+    start: int
+    samples: Waveform
+    probabilities: Probabilities
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.samples)
+
+
+class Speech(NamedTuple):
+    """A window's speech: samples with zeros between the words, and where it starts, in samples."""
+
+    start: int
+    samples: Waveform
+
+
+class Heard(NamedTuple):
+    """A span: its windows with speech, and where its sound ended, in seconds."""
+
+    windows: list[Speech]
+    end_s: float
+
+
+class AudioMedia:
+    """Callable on a batch; holds settings only, so it pickles.
+
+    `files` gives a node-local file for a reference and a version (local_files.LocalFiles).
+    """
+
+    def __init__(
+        self,
+        files: Callable[[Ref, str | None], AbstractContextManager[LocalFile]],
+        audio: AudioSettings,
+        prompt: Prompt,
+        *,
+        concurrency: int = 2,
+    ) -> None:
+        self._files = files
+        self._audio = audio
+        self._prompt = prompt
+        self._concurrency = concurrency
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Table of PLAN -> table of PREPARED, same rows in the same order."""
+        # a block without any value in a column may come with type null
+        plan = batch.select(PLAN.names).cast(PLAN)
+        rows = list(_threads(self._concurrency).map(self._run, plan.to_pylist()))
+        return prepared_table(plan, rows)
+
+    def _run(self, asked: dict[str, Any]) -> Row:
+        row = Row()
+        started = time.monotonic()
+        ref = Ref(
+            asked["fetch_uri"], asked["fetch_offset"], asked["fetch_length"], asked["size_bytes"]
+        )
+        try:
+            with self._files(ref, asked["version"]) as file:
+                row.attempts = file.attempts
+                row.fetch_s = time.monotonic() - started
+                with _busy:
+                    self._prepare(row, file.path, asked)
+        except FetchError as error:
+            row.attempts, row.error = error.attempts, error
+        except MediaError as error:
+            row.error = error
+        if row.fetch_s is None:
+            row.fetch_s = time.monotonic() - started
+        return row
+
+    def _prepare(self, row: Row, path: str, asked: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        sound = probe_audio(path, self._audio)
+        row.duration_s = sound.duration_s
+        found = grid(sound.duration_s, self._audio)
+        index = asked["span_index"] or 0
+        if asked["span_count"] not in (None, found.spans):
+            raise MediaError(
+                "fetch.changed",
+                f"the plan has {asked['span_count']} spans of this file, now it gives {found.spans}",
+            )
+        tiles = read_tiles(path, sound, found, found.span(index), self._audio)
+        row.decode_s = time.perf_counter() - started
+        started = time.perf_counter()
+        heard = hear(tiles, found, found.span(index), self._audio)
+        row.gap = missing(heard.end_s, sound, found, index)
+        variables = json.loads(asked["variables"]) if asked["variables"] else None
+        row.windows = [self._window(speech, variables) for speech in heard.windows]
+        row.prepare_s = time.perf_counter() - started
+
+    def _window(self, speech: Speech, variables: dict[str, str] | None) -> Window:
+        framed = frames(speech.samples)
+        media = framed.data.cast("B")
+        return Window(
+            tokens=self._prompt.window(len(framed), variables),
+            media=media,
+            columns=len(framed),
+            rows=1,
+            media_hash=media_hash(media, len(framed), 1),
+            start_s=speech.start / SAMPLE_RATE_HZ,
+            end_s=(speech.start + len(speech.samples)) / SAMPLE_RATE_HZ,
+        )
+
+
+def read_tiles(
+    path: str, sound: Sound, grid: Grid, windows: range, settings: AudioSettings
+) -> dict[int, Tile]:
+    """The tiles that these windows need, by boundary. Those behind the end of the stream are empty."""
+    tiles = range(windows.start, windows.stop + 1)
+    pieces = decode_tiles(path, sound, grid, tiles, settings)
+    found = {}
+    for (_, wanted), (start, samples) in zip(grid.blocks(tiles), pieces, strict=True):
+        for boundary in wanted:
+            begin, end = grid.tile(boundary)
+            lead = max(0, begin - LEAD_CHUNKS * CHUNK_SAMPLES)
+            voiced = speech_probabilities(samples[lead - start : end - start])
+            found[boundary] = Tile(
+                begin,
+                samples[begin - start : end - start],
+                voiced[(begin - lead) // CHUNK_SAMPLES :],
+            )
+    return found
+
+
+def hear(tiles: dict[int, Tile], grid: Grid, windows: range, settings: AudioSettings) -> Heard:
+    """Cut the windows out of their tiles, and keep what is speech."""
+    end = max((tile.end for tile in tiles.values() if len(tile.samples)), default=0)
+
+    def boundary(index: int) -> int:
+        if index == 0:
+            return 0
+        if index == grid.windows:
+            return end
+        tile = tiles[index]
+        return cut(grid, index, tile.probabilities, tile.samples, settings.speech_threshold)
+
+    found: list[Speech] = []
+    for window in windows:
+        start, stop = boundary(window), min(boundary(window + 1), end)
+        # only where the stream goes on behind the end that its header gives
+        stop = min(stop, start + grid.longest * CHUNK_SAMPLES)
+        if stop > start:
+            speech = _speech(tiles[window], tiles[window + 1], start, stop, settings)
+            found.extend(speech)
+    return Heard(found, end / SAMPLE_RATE_HZ)
+
+
+def missing(end_s: float, sound: Sound, grid: Grid, index: int) -> MediaError | None:
+    """What of a span is not there, where it is more than a header's inaccuracy.
+
+    Raises MediaError decode.corrupt where nothing of the span is there.
+    """
+    step_s = grid.step * CHUNK_SAMPLES / SAMPLE_RATE_HZ
+    windows = grid.span(index)
+    last = windows.stop == grid.windows
+    wanted = sound.duration_s if last else windows.stop * step_s
+    tolerance = max(LEAST_MISSING_S, MISSING_FRACTION * sound.duration_s)
+    if wanted - end_s > tolerance:
+        begins = windows.start * step_s
+        said = f"no sound from {max(begins, end_s):.1f} s to {wanted:.1f} s: the file ends early"
+        gap = MediaError("decode.corrupt", said)
+        if end_s <= begins:
+            raise gap
+        return gap
+    if last and end_s - wanted > tolerance:
+        return MediaError(
+            "decode.corrupt", f"the stream goes on behind its given end at {wanted:.1f} s"
+        )
+    return None
+
+
+def _speech(
+    left: Tile, right: Tile, start: int, stop: int, settings: AudioSettings
+) -> Iterator[Speech]:
+    """The window's speech, from its first word to its last; nothing where nobody speaks."""
+    first = start // CHUNK_SAMPLES
+    chunks = range(first, -(-stop // CHUNK_SAMPLES))
+    joint = right.start // CHUNK_SAMPLES - left.start // CHUNK_SAMPLES
+    offset = left.start // CHUNK_SAMPLES
+    voiced = np.concatenate((left.probabilities[:joint], right.probabilities))
+    sound = np.concatenate((left.samples[: right.start - left.start], right.samples))
+    regions = speech_regions(
+        voiced[chunks.start - offset : chunks.stop - offset],
+        settings.speech_threshold,
+        len(chunks) * CHUNK_SAMPLES,
+    )
+    # from chunks to the window, which may begin and end inside of one
+    shift = first * CHUNK_SAMPLES - start
+    inside = [
+        (max(0, begin + shift), min(stop - start, end + shift))
+        for begin, end in regions
+        if min(stop - start, end + shift) > max(0, begin + shift)
+    ]
+    if inside:
+        kept = only_speech(sound[start - left.start : stop - left.start], inside)
+        yield Speech(start + inside[0][0], kept[inside[0][0] : inside[-1][1]])
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="audio")

@@ -1,0 +1,56 @@
+"""Recordings to spans: every unfinished one is probed on the cluster, the spans come back to the plan.
+
+Nothing is decoded; a remote file is read into its node's cache, where the media stage may find it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import ray.data
+
+from operators.divide import DivideAudio
+from operators.fetch import Fetch
+from operators.local_files import LocalFiles
+from operators.schema import DIVIDED, FOUND
+from pipeline.cluster import Connect
+from pipeline.config import Job
+
+ROWS_A_TASK = 32
+# A probe waits for the store and for ffprobe; it computes little.
+PROBE_CPUS = 0.5
+
+
+def local_files(job: Job) -> LocalFiles:
+    """The cache that all workers of a node share."""
+    return LocalFiles(
+        Fetch(job.fetch, job.input.storage_options),
+        job.input.storage_options,
+        str(Path(tempfile.gettempdir()) / "polyscribe-files"),
+        max_file_bytes=job.audio.max_file_bytes,
+        max_bytes=job.audio.max_cache_bytes,
+    )
+
+
+def divide_audio(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
+    """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do."""
+    db.register("nothing", DIVIDED.empty_table())
+    db.execute("CREATE TABLE divided AS SELECT * FROM nothing")
+    columns = ", ".join(FOUND.names)
+    reader = db.sql(f"SELECT {columns} FROM unfinished").to_arrow_reader(ROWS_A_TASK)
+    blocks = [pa.Table.from_batches([batch]) for batch in reader]
+    if not blocks:
+        return
+    connect()
+    probed = ray.data.from_arrow(blocks).map_batches(
+        DivideAudio(local_files(job), job.audio),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=PROBE_CPUS,
+    )
+    for table in probed.iter_batches(batch_size=None, batch_format="pyarrow"):
+        db.register("batch", table)
+        db.execute("INSERT INTO divided SELECT * FROM batch")

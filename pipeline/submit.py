@@ -1,0 +1,139 @@
+"""Runs as Ray jobs: hand one to a cluster's job server, watch it, stop it.
+
+The cluster gets the code of this checkout as working directory (three packages, some 100 KB), or runs
+the code of its image; either way the job file travels along as job.yaml.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+Answer = TypeVar("Answer")
+
+PACKAGES = ("operators", "pipeline", "jobs")
+CODE = Path(__file__).resolve().parents[1]
+JOB_FILE = "job.yaml"
+# The job server's own grace between SIGTERM and SIGKILL is 3 s: too short for a far-away store.
+STOP_WAIT_S = 30
+POLL_S = 1.0
+
+
+class SubmitError(Exception):
+    """No job server, or it knows no such job."""
+
+
+@dataclass(frozen=True)
+class State:
+    """`status` as Ray names it: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+
+    status: str
+    message: str
+    exit_code: int | None
+
+    @property
+    def ended(self) -> bool:
+        return bool(JobStatus(self.status).is_terminal())
+
+
+class JobServer:
+    """The job API of one cluster, by the address of its dashboard. Raises SubmitError."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    @cached_property
+    def _client(self) -> JobSubmissionClient:
+        try:
+            return JobSubmissionClient(self._address)
+        except AuthenticationError as error:
+            raise SubmitError(
+                f"{self._address}: the cluster wants its token: set RAY_AUTH_MODE=token, and"
+                " RAY_AUTH_TOKEN or ~/.ray/auth_token to the token of the cluster"
+            ) from error
+        except (ConnectionError, RuntimeError) as error:
+            raise SubmitError(f"{self._address}: no Ray job server: {error}") from error
+
+    def submit(
+        self,
+        job_file: Path,
+        overrides: Sequence[str],
+        metadata: dict[str, str],
+        code: bool = True,
+    ) -> str:
+        """The id of a new job. `code`: send this checkout's code, else that of the image runs."""
+        with TemporaryDirectory(prefix="polyscribe-") as folder:
+            for package in PACKAGES if code else ():
+                shutil.copytree(
+                    CODE / package,
+                    Path(folder, package),
+                    ignore=shutil.ignore_patterns("__pycache__"),
+                )
+            shutil.copy(job_file, Path(folder, JOB_FILE))
+            job_id: str = self._ask(
+                lambda: self._client.submit_job(
+                    entrypoint=entrypoint(overrides),
+                    runtime_env={
+                        "working_dir": folder,
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                    },
+                    metadata=metadata,
+                )
+            )
+        return job_id
+
+    def state(self, job_id: str) -> State:
+        info = self._ask(lambda: self._client.get_job_info(job_id))
+        return State(info.status.value, info.message or "", info.driver_exit_code)
+
+    def logs(self, job_id: str) -> str:
+        text: str = self._ask(lambda: self._client.get_job_logs(job_id))
+        return text
+
+    def stop(self, job_id: str) -> None:
+        """SIGTERM, and SIGKILL where that takes too long. Returns before the job has ended."""
+        self._ask(lambda: self._client.stop_job(job_id))
+
+    def wait(self, job_id: str) -> State:
+        """Block until the job has ended."""
+        while not (state := self.state(job_id)).ended:
+            time.sleep(POLL_S)
+        return state
+
+    def follow(self, job_id: str, say: Callable[[str], None]) -> State:
+        """Hand on what the job prints until it ends."""
+
+        async def tail() -> None:
+            async for lines in self._client.tail_job_logs(job_id):
+                say(lines)
+
+        self.state(job_id)  # an unknown id is told apart from a connection that closed
+        asyncio.run(tail())
+        # The stream also ends when a proxy loses patience: what counts is the job's state.
+        return self.wait(job_id)
+
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
+        try:
+            return request()
+        except (ConnectionError, RuntimeError) as error:
+            raise SubmitError(f"{self._address}: {error}") from error
+
+
+def entrypoint(overrides: Sequence[str]) -> str:
+    """The shell command that the cluster runs; `python` is the one on its PATH."""
+    words = ["python", "-m", "jobs", "run", JOB_FILE]
+    for override in overrides:
+        words += ["--set", override]
+    # exec: the job server's signal must reach Python and not only a shell around it.
+    return "exec " + shlex.join(words)

@@ -1,0 +1,133 @@
+"""The command line as a shell and a scheduler see it: exit codes, and messages of one kind of fault."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import media
+import pytest
+import ray
+import yaml
+from PIL import Image
+
+from jobs.__main__ import main
+from jobs.exits import BROKEN, FINISHED, REFUSED, TERMINATED
+
+
+@pytest.fixture
+def job(nano: Path, tmp_path: Path) -> Path:
+    """A job with three pictures, one of them broken."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(2):
+        picture = media.encode(Image.new("RGB", (96 * (number + 1), 96), "red"), "PNG")
+        (folder / f"{number}.png").write_bytes(picture)
+    (folder / "broken.png").write_bytes(b"no picture")
+    file = tmp_path / "job.yaml"
+    sections = {
+        "task": "caption",
+        "input": {"uri": str(folder)},
+        "output": {"uri": str(tmp_path / "out")},
+        "model": {"id": str(nano)},
+        "image": {"max_soft_tokens": 70},
+    }
+    file.write_text(yaml.safe_dump(sections))
+    return file
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("image.max_soft_tokens=100", "image.max_soft_tokens: must be one of (70, 140"),
+        ("image.max_soft=70", "image.max_soft: no such field; allowed here:"),
+        ("engine.max_num_seqs=many", "engine.max_num_seqs: "),
+        ("image", "--set image: must be section.field=value"),
+        ("limits.max_assets=[1", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_job_is_refused_with_field_and_value(
+    job: Path, command: str, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = ray.is_initialized()
+    assert main([command, str(job), "--set", override]) == REFUSED
+    assert said in capsys.readouterr().err
+    assert ray.is_initialized() == before
+    assert not (job.parent / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "submit"])
+def test_a_missing_job_file_is_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(tmp_path / "none.yaml")]) == REFUSED
+    assert "none.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_an_input_without_files_is_refused(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "void").mkdir()
+    assert main(["run", str(job), "--set", f"input.uri={tmp_path / 'void'}"]) == REFUSED
+    assert "no file matches" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_no_run_finished_is_not_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tmp_path)]) == BROKEN
+    assert "is missing: no run has finished here" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_plan_shows_counts_tokens_and_reasons_without_an_engine(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(job), "--set", "limits.max_assets=3"]) == FINISHED
+    said = capsys.readouterr().out
+    assert "3 assets" in said
+    assert "3 spans, 3 to do" in said
+    assert "from 2 files looked at" in said  # the broken one thins the sample
+    for reason in ("tokens in: about", "tokens out: at most", "engines: 1", "media workers:"):
+        assert reason in said
+    assert not list((job.parent).glob("out/*/plan/*"))
+
+
+def test_help_names_every_command() -> None:
+    helped = subprocess.run(
+        [sys.executable, "-m", "jobs", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("run", "plan", "verify", "submit", "status", "logs", "stop"):
+        assert f"\n    {command} " in helped.stdout
+    assert subprocess.run([sys.executable, "-m", "jobs"], capture_output=True).returncode == REFUSED
+
+
+def test_sigterm_ends_in_order_with_its_own_code(tmp_path: Path) -> None:
+    """Any command: here one that waits for a store that does not answer."""
+    program = (
+        "import os, signal, threading, time\n"
+        "import jobs.__main__ as command_line\n"
+        "def waits(options, console):\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    try:\n"
+        "        time.sleep(30)\n"
+        "    finally:\n"
+        "        print('put in order', flush=True)\n"
+        "command_line._verify = waits\n"
+        "raise SystemExit(command_line.main(['verify', 'anything']))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert ended.returncode == TERMINATED
+    assert ended.stdout == "put in order\n"
+    assert "stopped: what is finished is committed" in ended.stderr

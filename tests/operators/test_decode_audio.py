@@ -1,0 +1,239 @@
+"""Decoding: every format, the recording's own times, and the same samples whoever asks."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sound import FORMATS, RATE_HZ, Spoken, Waveform, spoken, tone, write
+
+from operators.decode_audio import decode_audio, decode_tiles
+from operators.errors import MediaError
+from operators.ffmpeg_child import run
+from operators.probe import probe_audio
+from operators.settings import AudioSettings
+from operators.windows import grid
+
+SETTINGS = AudioSettings(timeout_s=60)
+# An encoder's delay that its container does not note down: AVI, ADTS, MPEG-TS, Matroska. AAC's is
+# 1024 samples, 64 ms at 16 kHz.
+DELAY_S = 0.07
+
+
+@pytest.fixture(scope="module")
+def recording() -> Spoken:
+    return spoken(40, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, recording: Spoken) -> Path:
+    """The recording in every format."""
+    folder = tmp_path_factory.mktemp("formats")
+    for name, options in FORMATS.items():
+        write(folder / name, recording.samples, *options)
+    return folder
+
+
+def decode(path: Path, settings: AudioSettings = SETTINGS) -> Waveform:
+    sound = probe_audio(str(path), settings)
+    return decode_audio(str(path), sound, 0, 0, 10**8, settings)
+
+
+def shift_s(samples: Waveform, expected: Waveform) -> float:
+    """How much later the samples are than expected, by the best match of their loudness."""
+
+    def envelope(values: Waveform) -> np.ndarray:
+        power = np.abs(values[: len(values) // 80 * 80]).reshape(-1, 80).mean(axis=1)
+        return power - power.mean()
+
+    ours, theirs = envelope(samples), envelope(expected)
+    return (int(np.argmax(np.correlate(ours, theirs, "full"))) - len(theirs) + 1) * 80 / RATE_HZ
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_at_its_time(folder: Path, recording: Spoken, name: str) -> None:
+    samples = decode(folder / name)
+    assert samples.dtype == np.float32
+    assert abs(len(samples) / RATE_HZ - 40) < 0.1
+    assert abs(shift_s(samples, recording.samples)) <= DELAY_S
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_seek_lands_where_the_whole_file_is(folder: Path, name: str) -> None:
+    """The seam between two blocks. Exact where codec and container are; AVI and the milliseconds of
+    Matroska shift AAC's resampling by some samples, which is why a block is decoded in one go."""
+    path = str(folder / name)
+    sound = probe_audio(path, SETTINGS)
+    whole = decode_audio(path, sound, 0, 0, 10**8, SETTINGS)
+    for begin in (5 * RATE_HZ + 123, 17 * RATE_HZ, 33 * RATE_HZ + 7):
+        part = decode_audio(path, sound, begin, begin, begin + 4 * RATE_HZ, SETTINGS)
+        expected = whole[begin : begin + 4 * RATE_HZ]
+        assert len(part) == len(expected)
+        if name.endswith((".wav", ".flac")):
+            assert np.array_equal(part, expected)
+            continue
+        coarse = name in ("aac.mkv", "a.avi")
+        assert abs(shift_s(part, expected)) <= (0.005 if coarse else 0)
+        if not coarse:
+            assert np.sqrt(np.mean((part - expected) ** 2)) < 0.2 * np.sqrt(np.mean(expected**2))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_samples_depend_on_their_block_only(folder: Path, name: str) -> None:
+    path = str(folder / name)
+    sound = probe_audio(path, SETTINGS)
+    begin = 9 * RATE_HZ
+    long = decode_audio(path, sound, begin, begin, begin + 20 * RATE_HZ, SETTINGS)
+    short = decode_audio(path, sound, begin, begin + 11_111, begin + 60_000, SETTINGS)
+    assert np.array_equal(short, long[11_111:60_000])
+
+
+def test_tiles_of_several_blocks(folder: Path) -> None:
+    path = str(folder / "a.flac")
+    sound = probe_audio(path, SETTINGS)
+    short_blocks = grid(sound.duration_s, SETTINGS).__class__(10 * 31, 40, 468, 4, 9, 2)
+    whole = decode(folder / "a.flac")
+    pieces = decode_tiles(path, sound, short_blocks, range(1, 5), SETTINGS)
+    assert len(pieces) == 3
+    for start, samples in pieces:
+        assert np.array_equal(samples, whole[start : start + len(samples)])
+
+
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.mov"])
+def test_a_stream_that_starts_late(tmp_path: Path, recording: Spoken, name: str) -> None:
+    late = ("-itsoffset", "3.5")
+    path = write(tmp_path / name, recording.samples, "-c:a", "aac", before=late)
+    sound = probe_audio(str(path), SETTINGS)
+    assert abs(sound.start_s - 3.5) < DELAY_S
+    samples = decode(path)
+    assert not samples[: int(3.4 * RATE_HZ)].any()
+    assert abs(shift_s(samples[int(3.5 * RATE_HZ) :], recording.samples)) <= DELAY_S
+
+
+def test_sound_that_starts_after_the_picture(tmp_path: Path, recording: Spoken) -> None:
+    wav = write(tmp_path / "a.wav", recording.samples)
+    path = tmp_path / "a.mp4"
+    subprocess.run(
+        [
+            *("ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=50:s=64x64:r=5"),
+            *("-itsoffset", "2", "-i", str(wav), "-map", "0:v", "-map", "1:a", str(path)),
+        ],
+        check=True,
+    )
+    sound = probe_audio(str(path), SETTINGS)
+    assert abs(sound.duration_s - 42) < 0.2
+    assert abs(shift_s(decode(path)[2 * RATE_HZ :], recording.samples)) <= DELAY_S
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "aac", "libopus"])
+def test_a_hole_in_the_stream_stays_a_hole(tmp_path: Path, recording: Spoken, codec: str) -> None:
+    """Packets of 10 s to 25 s are missing from the file; what follows is at its time."""
+    wav = write(tmp_path / "a.wav", recording.samples)
+    path = tmp_path / "hole.mkv"
+    drop = "aselect='not(between(t,10,25))'"
+    subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", str(wav), "-af", drop, "-c:a", codec, str(path)],
+        check=True,
+    )
+    sound = probe_audio(str(path), SETTINGS)
+    samples = decode(path)
+    assert abs(len(samples) / RATE_HZ - 40) < 0.1
+    assert not samples[int(10.2 * RATE_HZ) : int(24.8 * RATE_HZ)].any()
+    later = slice(int(25.2 * RATE_HZ), None)
+    assert abs(shift_s(samples[later], recording.samples[later])) <= DELAY_S
+    # and after a seek to behind it, and into it
+    for start in (30 * RATE_HZ, 15 * RATE_HZ):
+        part = decode_audio(str(path), sound, start, start, start + 10 * RATE_HZ, SETTINGS)
+        expected = recording.samples[start : start + 10 * RATE_HZ].copy()
+        if start < 25 * RATE_HZ:
+            expected[: 25 * RATE_HZ - start] = 0
+        assert abs(shift_s(part, expected)) <= DELAY_S or not expected.any()
+
+
+def test_channels(tmp_path: Path) -> None:
+    left, right = tone(2, 300), tone(2, 2000)
+    path = write(tmp_path / "a.wav", np.stack([left, right], axis=1))
+    for channel, expected in (("left", left), ("right", right), ("mix", (left + right) / 2)):
+        settings = SETTINGS.model_copy(update={"channel": channel})
+        found = decode(path, settings)
+        assert np.allclose(found, expected, atol=1e-3), channel
+    mono = write(tmp_path / "b.wav", left)
+    for channel in ("left", "right", "mix"):
+        found = decode(mono, SETTINGS.model_copy(update={"channel": channel}))
+        assert np.allclose(found, left, atol=1e-3), channel
+
+
+def test_eight_channels_and_eight_kilohertz(tmp_path: Path) -> None:
+    many = np.repeat(tone(1)[:, None], 8, axis=1)
+    assert len(decode(write(tmp_path / "a.wav", many))) == RATE_HZ
+    path = write(tmp_path / "b.wav", tone(1), "-ar", "8000", "-c:a", "pcm_mulaw")
+    assert np.allclose(decode(path)[2000:14_000], tone(1)[2000:14_000], atol=0.05)
+
+
+def test_no_sample_is_out_of_range(tmp_path: Path) -> None:
+    wild = tone(1).copy()
+    wild[100:200] = [np.nan, np.inf, -np.inf, 50.0] * 25
+    path = write(tmp_path / "a.wav", wild, "-c:a", "pcm_f32le")
+    found = decode(path)
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() <= 1
+
+
+def test_a_decoder_that_takes_too_long_or_too_much(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", tone(1))
+    sound = probe_audio(str(path), SETTINGS)
+    hasty = AudioSettings(timeout_s=0.001)
+    with pytest.raises(MediaError) as error:
+        decode_audio(str(path), sound, 0, 0, 16_000, hasty)
+    assert error.value.code == "decode.timeout"
+    with pytest.raises(MediaError) as error:
+        run(["sleep", "30"], AudioSettings(timeout_s=0.2), most_bytes=1)
+    assert error.value.code == "decode.timeout"
+    greedy = ["python3", "-c", "bytearray(1 << 31)"]
+    done = run(greedy, AudioSettings(max_memory_bytes=1 << 28), most_bytes=1)
+    assert done.status != 0
+    died = run(["sh", "-c", "kill -SEGV $$"], SETTINGS, most_bytes=1)
+    assert died.failure().code == "decode.crashed"
+
+
+def test_a_program_that_is_not_there_is_a_broken_machine() -> None:
+    done = run(["polyscribe-no-such-program"], SETTINGS, most_bytes=1)
+    assert done.status == 127
+
+
+@pytest.mark.parametrize("name", ["a.m3u8", "a.ffconcat", "a.sdp", "a.mpd", "a.txt"])
+def test_playlists_open_nothing(tmp_path: Path, name: str) -> None:
+    target = write(tmp_path / "secret.wav", tone(2))
+    text = {
+        "a.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{target}\n#EXT-X-ENDLIST\n",
+        "a.ffconcat": "ffconcat version 1.0\nfile secret.wav\n",
+        "a.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+        "a.mpd": f"<MPD><Period><BaseURL>file://{target}</BaseURL></Period></MPD>",
+        "a.txt": "nothing but words\n",
+    }[name]
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(MediaError) as error:
+        probe_audio(str(path), SETTINGS)
+    assert error.value.code == "decode.unsupported"
+
+
+def test_a_wav_inside_of_a_file_name_with_colons_and_dashes(tmp_path: Path) -> None:
+    path = write(tmp_path / "plain.wav", tone(1))
+    strange = path.rename(tmp_path / "-i http:%d 'quoted' [a],b;c.wav")
+    assert len(decode(strange)) == RATE_HZ
+
+
+def test_a_wav_without_a_length(tmp_path: Path) -> None:
+    """As a recorder leaves it that was writing to a pipe."""
+    path = write(tmp_path / "a.wav", tone(3))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data")
+    data[place + 4 : place + 8] = struct.pack("<I", 0xFFFFFFFF)
+    path.write_bytes(data)
+    sound = probe_audio(str(path), SETTINGS)
+    assert sound.duration_s == pytest.approx(3, abs=0.01)
+    assert len(decode(path)) == 3 * RATE_HZ

@@ -1,0 +1,59 @@
+"""A window of speech that went wrong gets one more try, in halves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import PROMPT
+
+from operators.engine import Answer, AudioRequest
+from operators.retry import halves, is_refusal, joined, went_wrong
+
+
+def request(frames: np.ndarray) -> AudioRequest:
+    ids = PROMPT.window(len(frames))
+    return AudioRequest(ids, PROMPT.placeholder(ids), frames, "hash")
+
+
+def test_halves_part_in_the_silence_nearest_to_the_middle() -> None:
+    frames = np.ones((20, 640), np.float32)
+    frames[[2, 8, 13]] = 0
+    left, right = halves(request(frames), PROMPT, None)
+    assert (len(left.frames), len(right.frames)) == (8, 12)
+    assert left.placeholder[1] == 8
+    assert left.media_hash != right.media_hash
+    assert np.array_equal(np.concatenate([left.frames, right.frames]), frames)
+
+
+def test_without_silence_the_middle_parts_them_and_one_frame_is_not_parted() -> None:
+    left, right = halves(request(np.ones((21, 640), np.float32)), PROMPT, None)
+    assert (len(left.frames), len(right.frames)) == (10, 11)
+    assert halves(request(np.ones((1, 640), np.float32)), PROMPT, None) == []
+
+
+def answer(text: str, reason: str = "stop") -> Answer:
+    return Answer(text, reason, 10, 4, 3)
+
+
+def test_two_good_halves_replace_the_whole_and_all_tokens_count() -> None:
+    whole = answer("la la la", "repetition")
+    mended = joined(whole, [answer("one"), answer(" two ")])
+    assert (mended.text, mended.finish_reason, mended.output_tokens) == ("one two", "stop", 9)
+    still = joined(whole, [answer("one"), answer("x", "length")])
+    assert (still.text, still.finish_reason) == ("la la la", "repetition")
+    assert joined(whole, []).finish_reason == "repetition"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("I am unable to process this audio.", True),
+        ("As an AI, I have no ears.", True),
+        ("I'm sorry, I can't hear you.", False),
+        ("We were unable to process the order.", False),
+        ("as an ai " * 40, False),
+    ],
+)
+def test_refusals_are_an_assistants_words_and_not_peoples(text: str, refused: bool) -> None:
+    assert is_refusal(text) is refused
+    assert went_wrong(answer(text)) is refused

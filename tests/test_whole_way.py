@@ -1,0 +1,133 @@
+"""The whole way with the real engine: are the answers right, and is every one there?"""
+
+from __future__ import annotations
+
+import io
+import json
+import wave
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import S3Server
+from rich.console import Console
+
+from deploy.nano import generate_speech
+from deploy.nano.generate_speech import Recording
+from deploy.nano.speech_bank import Bank, record
+from pipeline.config import Job
+from pipeline.run import Finished, run
+from pipeline.verify import verify
+
+pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+SAMPLES = Path(__file__).parents[1] / "deploy" / "samples"
+ENGINE = {
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 2048,
+    "kv_cache_memory_bytes": 1 << 28,
+    "enforce_eager": True,
+}
+
+
+def go(nano: Path, **fields: Any) -> Finished:
+    job = Job.model_validate({"model": {"id": str(nano)}, "engine": ENGINE, **fields})
+    return run(job, Console(file=io.StringIO()))
+
+
+def rows(finished: Finished) -> list[dict[str, Any]]:
+    filesystem, root = finished.folder.arrow()
+    found: list[dict[str, Any]] = pq.read_table(
+        f"{root}/results", filesystem=filesystem
+    ).to_pylist()
+    return found
+
+
+def test_the_samples_get_their_captions_from_bucket_to_bucket(nano: Path, s3: S3Server) -> None:
+    expected = {}
+    bucket = s3.bucket()
+    for line in (SAMPLES / "expected.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["preset"] == "caption-dense":
+            name = Path(entry["file"]).name
+            expected[name] = entry["answer"]
+            s3.put(f"{bucket}/raw/{name}", (SAMPLES / entry["file"]).read_bytes())
+    s3.put(f"{bucket}/raw/broken.jpg", b"no picture")
+    assert len(expected) >= 6
+    options = {"storage_options": s3.options}
+    finished = go(
+        nano,
+        task="caption",
+        input={"uri": f"{bucket}/raw/", **options},
+        output={"uri": f"{bucket}/captions/", **options},
+        prompt={"preset": "caption-dense"},
+    )
+    found = {row["uri"].rpartition("/")[2]: row for row in rows(finished)}
+    assert found.pop("broken.jpg")["error_code"] == "decode.unsupported"
+    assert {name: row["text"] for name, row in found.items()} == expected
+    assert verify(f"{bucket}/captions/", s3.options)[0] == []
+    report = json.loads(finished.folder.read("report.json"))
+    assert report["tokens"]["media_tokens"] == sum(row["media_tokens"] for row in found.values())
+    assert 0 <= report["engine"]["waiting_share"] <= 1
+
+
+def write_wav(path: Path, recording: Recording) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((recording.samples * 32767).astype(np.int16).tobytes())
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    return record(seed=4711, per_voice=1)
+
+
+def words_right(said: list[str], heard: list[str]) -> float:
+    """Share of `said` that `heard` has, in order."""
+    blocks = SequenceMatcher(None, said, heard, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks) / len(said)
+
+
+def test_a_recording_gives_its_words_with_their_times_whatever_the_spans(
+    nano: Path, bank: Bank, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    recording = generate_speech.long_recording(bank, np.random.default_rng(5), 120.0)
+    write_wav(source / "talk.wav", recording)
+    write_wav(source / "silence.wav", Recording(np.zeros(16_000 * 20, np.float32), ()))
+    texts = set()
+    for span_s in (30, 300):
+        finished = go(
+            nano,
+            task="transcribe",
+            input={"uri": str(source)},
+            output={"uri": str(tmp_path / f"out-{span_s}")},
+            audio={"span_s": span_s},
+        )
+        found = {Path(row["uri"]).name: row for row in rows(finished)}
+        assert (found["silence.wav"]["status"], found["silence.wav"]["text"]) == ("empty", "")
+        talk = found["talk.wav"]
+        assert talk["status"] == "ok"
+        texts.add(talk["text"])
+        spans = finished.accounts["spans"]
+        assert spans["planned"] == spans["ok"] + spans["empty"]
+    assert spans["planned"] == 2
+    assert len(texts) == 1
+    said = generate_speech.answer(recording.words, "digits").split()
+    assert words_right(said, talk["text"].split()) >= 0.95
+    for segment in talk["segments"]:
+        inside = [
+            word
+            for word in recording.words
+            if word.start_s >= segment["start_s"] - 0.3 and word.end_s <= segment["end_s"] + 0.3
+        ]
+        assert len(segment["text"].split()) <= len(inside) + 1
+    subtitles = finished.folder.names("subtitles")
+    assert len(subtitles) == 2
+    assert finished.folder.read(subtitles[1]).startswith(b"WEBVTT")
