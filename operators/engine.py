@@ -17,68 +17,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from operators.errors import MediaError
 from operators.patchify import positions
+from operators.requests import Answer, ImageRequest, RawImageRequest, Request
 from operators.settings import ModelSettings, SamplingSettings
 
 # A looping answer repeats a phrase of up to 32 tokens. From 3 tokens on and 5 times, so that dotted
 # lines and columns of equal numbers in a page's text are not taken for one.
 REPETITION = {"max_pattern_size": 32, "min_pattern_size": 3, "min_count": 5}
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """One image and its prompt. `patches` is uint8 [columns * rows, 6912]."""
-
-    token_ids: list[int]
-    placeholder: tuple[int, int]
-    patches: np.ndarray
-    columns: int
-    rows: int
-    media_hash: str
-
-
-@dataclass(frozen=True)
-class AudioRequest:
-    """One window of speech and its prompt. `frames` is float32 [t, 640] at 16 kHz."""
-
-    token_ids: list[int]
-    placeholder: tuple[int, int]
-    frames: np.ndarray
-    media_hash: str
-
-
-@dataclass(frozen=True)
-class RawImageRequest:
-    """One image, uint8 [h, w, 3], and a rendered prompt, for the engine's own processor.
-
-    `media_id` is the token that it expands, None where the checkpoint names none.
-    """
-
-    prompt: str
-    pixels: np.ndarray
-    media_id: int | None
-
-
-Request = ImageRequest | AudioRequest | RawImageRequest
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the engine said. `finish_reason` is stop, length or repetition; None where it refused."""
-
-    text: str
-    finish_reason: str | None
-    prompt_tokens: int
-    # None: the engine's own processor expanded a placeholder that nobody named
-    media_tokens: int | None
-    output_tokens: int
-    error_code: str | None = None
-    error_message: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,14 +45,6 @@ class EngineOptions:
     enforce_eager: bool
     stall_timeout_s: float
     load_format: str
-
-
-class TextEngine(Protocol):
-    """What generate.py needs of an engine; tests/fakes.py has another one."""
-
-    def submit(self, request: Request) -> Future[Answer]: ...
-    def usage(self) -> dict[str, float]: ...
-    def close(self) -> None: ...
 
 
 class Engine:

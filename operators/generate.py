@@ -20,7 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from operators.decode_image import decode_image
-from operators.engine import (
+from operators.errors import MediaError
+from operators.prompt import Prompt
+from operators.requests import (
     Answer,
     AudioRequest,
     ImageRequest,
@@ -28,8 +30,6 @@ from operators.engine import (
     Request,
     TextEngine,
 )
-from operators.errors import MediaError
-from operators.prompt import Prompt
 from operators.retry import halves, joined, went_wrong
 from operators.schema import ANSWERS, PREPARED
 from operators.settings import ImageSettings

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from operators.engine import Answer, AudioRequest
 from operators.prepare_image import media_hash
 from operators.prompt import Prompt
+from operators.requests import Answer, AudioRequest
 from operators.stitch import join, plain
 
 # What an assistant says instead of a transcript. Nothing that people say to each other: "I'm sorry, I

@@ -24,13 +24,14 @@ from functools import partial
 import ray.actor
 import ray.data
 
-from operators.engine import Engine, EngineOptions, TextEngine
+from operators.engine import Engine, EngineOptions
 from operators.fetch import Fetch
 from operators.generate import Generate
 from operators.media import Media
 from operators.media_audio import AudioMedia
 from operators.parse import Parse
 from operators.prompt import Prompt
+from operators.requests import TextEngine
 from pipeline.compute import Compute
 from pipeline.config import Job
 from pipeline.divide import local_files

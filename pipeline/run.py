@@ -24,8 +24,8 @@ import ray.data
 import ray.exceptions
 from rich.console import Console
 
-from operators.engine import TextEngine
 from operators.prompt import load_prompt
+from operators.requests import TextEngine
 from operators.stores import redact
 from pipeline import ledger
 from pipeline.assemble import Assembly, assemble, reconcile, write_marker

@@ -6,9 +6,9 @@ import os
 import threading
 from concurrent.futures import Future
 
-from operators.engine import Answer, ImageRequest, Request
 from operators.errors import MediaError
 from operators.prompt import Prompt
+from operators.requests import Answer, ImageRequest, Request
 
 # A rendered prompt of six tokens, without a checkpoint.
 PROMPT = Prompt(

@@ -23,9 +23,10 @@ from PIL import Image
 from rich.console import Console
 
 from operators.decode_image import decode_image
-from operators.engine import Answer, Engine, ImageRequest, RawImageRequest, Request
+from operators.engine import Engine
 from operators.prepare_image import prepare_image
 from operators.prompt import Prompt, load_prompt
+from operators.requests import Answer, ImageRequest, RawImageRequest, Request
 from pipeline.config import Job
 from pipeline.graph import vllm_engine
 from pipeline.run import run

@@ -14,18 +14,12 @@ from PIL import Image
 from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
 
 from operators.decode_image import decode_image
-from operators.engine import (
-    Answer,
-    Engine,
-    EngineOptions,
-    ImageRequest,
-    RawImageRequest,
-    pixel_values,
-)
+from operators.engine import Engine, EngineOptions, pixel_values
 from operators.errors import MediaError
 from operators.media import media_hash
 from operators.patchify import patchify
 from operators.prompt import PRESETS, Prompt, load_prompt
+from operators.requests import Answer, ImageRequest, RawImageRequest
 from operators.settings import ImageSettings, ModelSettings, PromptSettings, SamplingSettings
 
 pytestmark = pytest.mark.engine

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from fakes import PROMPT, EchoEngine, MemoryStrikes, done
 
-from operators.engine import Answer
 from operators.errors import MediaError
 from operators.generate import Gate, Generate
+from operators.requests import Answer
 from operators.schema import ANSWERS, PREPARED
 from operators.settings import ImageSettings
 

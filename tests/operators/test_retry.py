@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import PROMPT
 
-from operators.engine import Answer, AudioRequest
+from operators.requests import Answer, AudioRequest
 from operators.retry import halves, is_refusal, joined, went_wrong
 
 

@@ -1,0 +1,71 @@
+"""What goes to an engine and what comes back: plain values, and the interface between.
+
+operators/engine.py is vLLM behind it, tests/fakes.py an engine without a model.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image and its prompt. `patches` is uint8 [columns * rows, 6912]."""
+
+    token_ids: list[int]
+    placeholder: tuple[int, int]
+    patches: np.ndarray
+    columns: int
+    rows: int
+    media_hash: str
+
+
+@dataclass(frozen=True)
+class AudioRequest:
+    """One window of speech and its prompt. `frames` is float32 [t, 640] at 16 kHz."""
+
+    token_ids: list[int]
+    placeholder: tuple[int, int]
+    frames: np.ndarray
+    media_hash: str
+
+
+@dataclass(frozen=True)
+class RawImageRequest:
+    """One image, uint8 [h, w, 3], and a rendered prompt, for the engine's own processor.
+
+    `media_id` is the token that it expands, None where the checkpoint names none.
+    """
+
+    prompt: str
+    pixels: np.ndarray
+    media_id: int | None
+
+
+Request = ImageRequest | AudioRequest | RawImageRequest
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine said. `finish_reason` is stop, length or repetition; None where it refused."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    # None: the engine's own processor expanded a placeholder that nobody named
+    media_tokens: int | None
+    output_tokens: int
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+class TextEngine(Protocol):
+    """What operators/generate.py needs of an engine. `submit` is called from many threads."""
+
+    def submit(self, request: Request) -> Future[Answer]: ...
+    def usage(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
