@@ -60,9 +60,8 @@ class Engine:
         options: EngineOptions,
         die: Callable[[str], None] | None = None,
     ) -> None:
-        self._options = options
         self._die = die or end_process
-        self._meter = _Meter()
+        self._meter = Meter()
         self._closed = threading.Event()
         self._next_id = 0
         self._loop = asyncio.new_event_loop()
@@ -72,7 +71,7 @@ class Engine:
             self._start(model, options), self._loop
         ).result()
         self._params = _sampling_params(sampling, options.answer_tokens)
-        threading.Thread(target=self._watch, name="engine-watchdog", daemon=True).start()
+        watch(self._meter.silent_s, options.stall_timeout_s, self._die, self._closed)
 
     def submit(self, request: Request) -> Future[Answer]:
         """Hand a request over. The future raises MediaError where the engine refuses it."""
@@ -176,15 +175,26 @@ class Engine:
             output_tokens=len(completion.token_ids),
         )
 
-    def _watch(self) -> None:
-        limit_s = self._options.stall_timeout_s
-        while not self._closed.wait(min(5.0, limit_s / 4)):
-            silent_s = self._meter.silent_s()
-            if silent_s > limit_s:
-                self._die(f"no token for {silent_s:.0f} s (engine.stall_timeout_s is {limit_s:g})")
+
+def watch(
+    silent_s: Callable[[], float],
+    limit_s: float,
+    die: Callable[[str], None],
+    closed: threading.Event,
+) -> None:
+    """Call `die` once when `silent_s` passes the limit; a thread looks until `closed` is set."""
+
+    def look() -> None:
+        while not closed.wait(min(5.0, limit_s / 4)):
+            silent = silent_s()
+            if silent > limit_s:
+                die(f"no token for {silent:.0f} s (engine.stall_timeout_s is {limit_s:g})")
+                return
+
+    threading.Thread(target=look, name="engine-watchdog", daemon=True).start()
 
 
-class _Meter:
+class Meter:
     """When the last token came, and how long the engine had nothing to do."""
 
     def __init__(self) -> None:
@@ -198,7 +208,7 @@ class _Meter:
         with self._lock:
             self._ready_at = self._changed_at = self._token_at = time.monotonic()
 
-    def open(self) -> _Meter:
+    def open(self) -> Meter:
         return self
 
     def __enter__(self) -> None:
@@ -324,7 +334,7 @@ def _lora_request(model: ModelSettings) -> Any:  # noqa: ANN401
     return LoRARequest("adapter", 1, model.adapter)
 
 
-def _meter_logger(meter: _Meter) -> Any:  # noqa: ANN401
+def _meter_logger(meter: Meter) -> Any:  # noqa: ANN401
     """A vLLM stat logger that notes each step that gave tokens."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 

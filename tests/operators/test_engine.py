@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import media
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
 
 from operators.decode_image import decode_image
-from operators.engine import Engine, EngineOptions, pixel_values
+from operators.engine import Engine, EngineOptions, Meter, pixel_values, watch
 from operators.errors import MediaError
 from operators.media import media_hash
 from operators.patchify import patchify
@@ -39,7 +41,12 @@ def prompt(nano: Path) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def engine(nano: Path) -> Iterator[Engine]:
+def deaths() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(nano: Path, deaths: list[str]) -> Iterator[Engine]:
     started = Engine(
         ModelSettings(id=str(nano)),
         SamplingSettings(),
@@ -55,6 +62,7 @@ def engine(nano: Path) -> Iterator[Engine]:
             stall_timeout_s=120,
             load_format="auto",
         ),
+        die=deaths.append,
     )
     yield started
     started.close()
@@ -158,3 +166,46 @@ def test_bf16_values_are_rounded_once_from_float32() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(1, -1)
     expected = torch.tensor(values.astype(np.float32) * np.float32(1 / 255)).to(torch.bfloat16)
     assert torch.equal(pixel_values(values), expected)
+
+
+def test_the_watchdog_acts_where_requests_are_open_and_no_token_comes() -> None:
+    meter, reasons, closed = Meter(), [], threading.Event()
+    watch(meter.silent_s, 0.2, reasons.append, closed)
+    time.sleep(0.5)
+    assert reasons == []  # idle is not stalled
+    with meter.open():
+        for _ in range(10):
+            time.sleep(0.05)
+            meter.token()
+        assert reasons == []
+        time.sleep(0.5)
+    closed.set()
+    assert len(reasons) == 1
+    assert "engine.stall_timeout_s is 0.2" in reasons[0]
+
+
+def test_a_dead_engine_ends_its_actor_and_nobody_waits_on_it(
+    engine: Engine, prompt: Prompt, deaths: list[str]
+) -> None:
+    """The last test of this module: it kills the module's engine."""
+    assert isinstance(engine.submit(prepared(SHAPE, prompt)).result(120), Answer)
+    cores = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
+    ]
+    assert cores
+    waiting = [engine.submit(prepared(SHAPE, prompt)) for _ in range(4)]
+    for core in cores:
+        core.kill()
+    for future in waiting:
+        # the process would have ended; here its end is only noted
+        error = future.exception(120)
+        assert error is None or "dead" in str(error).lower() or "engine" in str(error).lower()
+    with pytest.raises(Exception, match=r"(?i)engine"):
+        engine.submit(prepared(SHAPE, prompt)).result(120)
+    assert deaths
+    assert "the engine died" in deaths[0]
+
+
+SHAPE = media.encode(media.photo(64, 64), "PNG")
