@@ -1,4 +1,4 @@
-"""The command line: `polyscribe run | plan | verify | submit | status | logs | stop`.
+"""The command line: `polyscribe run | plan | verify | evaluate | submit | status | logs | stop`.
 
 The same as `python -m jobs`.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from jobs.evaluate import add_command as add_evaluate
 from jobs.exits import (
     BROKEN,
     FINISHED,
@@ -24,6 +25,7 @@ from jobs.exits import (
     TERMINATED,
     TOO_MANY_FAILED,
 )
+from jobs.submit import add_commands
 from pipeline.config import ConfigError, load_job
 
 
@@ -121,8 +123,6 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from jobs.submit import add_commands
-
     parser = argparse.ArgumentParser(prog="polyscribe", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="YAML",
         help="for fsspec, for example '{endpoint_url: http://...}'",
     )
+    add_evaluate(commands)
     add_commands(commands)
     return parser
 

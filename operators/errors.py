@@ -23,7 +23,7 @@ class Failure:
 FAILURES: dict[str, Failure] = {
     "fetch.not_found": Failure("the store has no such object", transient=True),
     "fetch.forbidden": Failure("the store refused the credentials", transient=True),
-    "fetch.too_large": Failure("the object is larger than fetch.max_bytes"),
+    "fetch.too_large": Failure("the object is larger than fetch.max_bytes or audio.max_file_bytes"),
     "fetch.timeout": Failure("the store did not answer within fetch.timeout_s", transient=True),
     "fetch.unavailable": Failure("the store kept failing after all attempts", transient=True),
     "fetch.changed": Failure("the object changed between listing and reading", transient=True),
@@ -33,9 +33,9 @@ FAILURES: dict[str, Failure] = {
     "decode.too_short": Failure("there is less than 0.1 s of sound"),
     "decode.corrupt": Failure("the file is damaged or ends early"),
     "decode.too_large": Failure("the picture has more pixels than image.max_pixels"),
-    "decode.timeout": Failure("decoding took longer than image.timeout_s"),
+    "decode.timeout": Failure("decoding took longer than image.timeout_s or audio.timeout_s"),
     "decode.crashed": Failure("the decoder process died on this file"),
-    "decode.out_of_memory": Failure("decoding needed more than image.max_memory_bytes"),
+    "decode.out_of_memory": Failure("decoding needed more than image. or audio.max_memory_bytes"),
     "prepare.aspect_ratio": Failure("the sides are so unequal that no patch grid fits the budget"),
     "prepare.bad_variable": Failure(
         "a prompt variable is missing, too long or holds a control token"

@@ -12,7 +12,8 @@ import pyarrow as pa
 from operators.errors import FAILURES, MediaError
 from operators.retry import is_refusal
 from operators.schema import ANSWERS, LEDGER
-from operators.stitch import Heard, stitch
+from operators.settings import AudioSettings
+from operators.stitch import Heard, split_translation, stitch
 
 # Enough of a bad answer to see what went wrong with it.
 EXCERPT_CHARS = 200
@@ -21,10 +22,10 @@ EXCERPT_CHARS = 200
 class Parse:
     """Batch callable: ANSWERS -> LEDGER, row for row."""
 
-    def __init__(self, run_id: str, prompt_name: str, language: str | None = None) -> None:
+    def __init__(self, run_id: str, prompt_name: str, audio: AudioSettings | None = None) -> None:
         self._run_id = run_id
         self._prompt_name = prompt_name
-        self._language = language
+        self._audio = audio or AudioSettings()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.cast(ANSWERS).to_pylist()
@@ -37,7 +38,8 @@ class Parse:
             fields = counts(answers)
             try:
                 if row["modality"] == "audio":
-                    fields |= transcript(row, answers) | {"language": self._language}
+                    fields |= transcript(row, answers, self._audio.translate_to)
+                    fields["language"] = self._audio.language
                 else:
                     fields |= caption(answers, self._prompt_name)
             except MediaError as error:
@@ -60,14 +62,19 @@ def failure(error: MediaError) -> dict[str, Any]:
     }
 
 
-def transcript(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def transcript(
+    row: Mapping[str, Any],
+    answers: Sequence[Mapping[str, Any]],
+    translate_to: str | None = None,
+) -> dict[str, Any]:
     """status, text and segments of a span of speech from its windows.
 
     A window that failed is a gap: the span is failed and says where, but keeps what it has, so that
-    its asset becomes partial. A span without windows is empty: nobody spoke. Raises MediaError where
-    all of it failed.
+    its asset becomes partial. A span without windows is empty: nobody spoke. With `translate_to`,
+    `structured` has the translation of each window with its times. Raises MediaError where all of
+    it failed.
     """
-    windows, first = [], None
+    windows, translated, first = [], [], None
     for answer, start_s, end_s in zip(
         answers, row["window_start_s"] or (), row["window_end_s"] or (), strict=True
     ):
@@ -77,7 +84,12 @@ def transcript(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> 
             first = first or error
             windows.append(Heard(start_s, end_s, None, error.code))
         else:
-            windows.append(Heard(start_s, end_s, answer["text"]))
+            text, translation = answer["text"], None
+            if translate_to is not None:
+                text, translation = split_translation(text, translate_to)
+            windows.append(Heard(start_s, end_s, text))
+            if translation is not None:
+                translated.append({"start_s": start_s, "end_s": end_s, "text": translation})
     said = stitch(windows)
     if first is not None and not said.segments:
         raise first
@@ -85,6 +97,7 @@ def transcript(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> 
         "status": "ok" if said.segments else "empty",
         "text": said.text,
         "segments": [vars(segment) for segment in said.segments],
+        "structured": json.dumps(translated, ensure_ascii=False) if translated else None,
     }
     if row["error_message"] is not None:  # the end of the sound is missing (operators/prepared.py)
         first = first or MediaError("decode.corrupt", row["error_message"])

@@ -18,6 +18,8 @@ from operators.ffmpeg_child import FORMATS, INPUT, PROTOCOLS, run
 from operators.settings import AudioSettings
 
 LEAST_S = 0.1
+# A damaged header may say anything, and a plan has a row for each span: 30 days are 8,500 of them.
+MOST_S = 30 * 86_400.0
 # Their first timestamp is an offset that is meant; elsewhere it is where the clock stood.
 FROM_ZERO = frozenset({"mov", "mp4", "m4a", "matroska", "webm"})
 # ffprobe guesses from the bit rate where no header says how long the file is.
@@ -27,6 +29,9 @@ ENTRIES = (
     ":stream=index,codec_type,channels,sample_rate,start_time,duration:stream_tags=DURATION"
     ":stream_disposition=attached_pic"
 )
+# Where to look for the data chunk; tags and cue points may stand before it.
+WAV_CHUNKS = 64
+WAV_NO_LENGTH = 0x7FFFF000
 CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 
 
@@ -63,13 +68,20 @@ def probe_audio(path: str, settings: AudioSettings) -> Sound:
     origin = 0.0 if names & FROM_ZERO else first
     start = _seconds(sound.get("start_time"))
     end = _end(container, sound, first, start, alone=not _has_video(streams))
-    counted = end is None or GUESSED in done.message
-    if counted:
+    guessed = end is None or GUESSED in done.message
+    promised = _wav_length_s(path) if guessed and "wav" in names else None
+    counted = guessed and promised is None
+    if promised is not None:
+        end = first + promised
+    elif counted:
         end = first + count_packets(path, settings)
     assert end is not None  # noqa: S101
     start_s = max(0.0, (first if start is None else start) - origin)
     if end - origin - start_s < LEAST_S:
         raise MediaError("decode.too_short", f"{max(0.0, end - origin - start_s):.3f} s of sound")
+    if end - origin > MOST_S:
+        days = (end - origin) / 86_400
+        raise MediaError("decode.corrupt", f"the header claims {days:.0f} days of sound")
     return Sound(
         start_s=start_s,
         duration_s=end - origin,
@@ -113,6 +125,29 @@ def _end(
     whole = _seconds(container.get("duration"))
     # Beside a picture the container's duration may be that of the picture.
     return None if whole is None or not alone else first + whole
+
+
+def _wav_length_s(path: str) -> float | None:
+    """What a WAV's own header says, which ffmpeg passes over in silence where the file is cut off.
+
+    None where there is no length: a recorder that writes to a pipe leaves 0 or the largest number.
+    """
+    rate = 0
+    with open(path, "rb") as file:
+        if file.read(12)[:4] != b"RIFF":
+            return None
+        for _ in range(WAV_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8:
+                return None
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                return size / rate if rate and 0 < size < WAV_NO_LENGTH else None
+            start = file.tell()
+            if head[:4] == b"fmt ":
+                rate = int.from_bytes(file.read(12)[8:], "little")
+            file.seek(start + size + size % 2)
+    return None
 
 
 def _has_video(streams: list[dict[str, Any]]) -> bool:

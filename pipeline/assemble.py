@@ -88,6 +88,7 @@ def assemble(
     runs = list(marker["runs"]) if marker else []
     _load_base(db, store, base)
     db.create_function("joined", join, ["VARCHAR[]"], "VARCHAR")
+    db.create_function("merged", _merged, ["VARCHAR[]"], "VARCHAR")
     db.execute(
         """CREATE OR REPLACE TABLE touched AS
         SELECT asset_id, min(place) AS place FROM found JOIN ledger USING (asset_id)
@@ -196,6 +197,11 @@ def _put(store: Store, name: str, table: pa.Table) -> Part:
     return part(name, table, data)
 
 
+def _merged(lists: list[str]) -> str:
+    """JSON lists of an asset's spans as one."""
+    return json.dumps([item for text in lists for item in json.loads(text)], ensure_ascii=False)
+
+
 def write_subtitles(store: Store, names: list[str]) -> None:
     """.vtt and .srt of every asset in these parts of results that says something."""
     with ThreadPoolExecutor(SUBTITLE_THREADS) as pool:
@@ -228,14 +234,16 @@ def _results_query() -> str:
     return f"""
     SELECT asset_id, any_value(uri) AS uri, any_value(source_id) AS source_id,
         any_value(version) AS version, any_value(modality) AS modality,
-        CASE WHEN bool_and(status = 'failed' AND text IS NULL) THEN 'failed'
+        CASE WHEN bool_and(status = 'failed' AND coalesce(text, '') = '') THEN 'failed'
              WHEN bool_or(status = 'failed') THEN 'partial'
              WHEN bool_and(status = 'empty') THEN 'empty' ELSE 'ok' END AS status,
         CASE WHEN count(*) = 1 THEN any_value(text)
              ELSE joined(list(text ORDER BY span_index) FILTER (text IS NOT NULL)) END AS text,
         any_value(language) AS language,
         flatten(list(segments ORDER BY span_index) FILTER (segments IS NOT NULL)) AS segments,
-        any_value(structured) AS structured,
+        CASE WHEN count(*) = 1 THEN any_value(structured)
+             ELSE merged(list(structured ORDER BY span_index) FILTER (structured IS NOT NULL))
+        END AS structured,
         any_value(width_px) AS width_px, any_value(height_px) AS height_px,
         any_value(duration_s) AS duration_s,
         $model AS model, $revision AS model_revision, $prompt AS prompt_name,

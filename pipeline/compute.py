@@ -37,9 +37,10 @@ PREFILL_TOKENS_S, DECODE_TOKENS_S = 16_000, 12_000
 # Answers end before their limit; half of it is what dense captions take.
 ANSWER_SHARE, PROMPT_TOKENS = 0.5, 50
 
-# CPUs for an engine, best first. With a GPU its front process and the tensors fill one. Without, never
-# 1: the media stage asks for 1 CPU, and equal shares would be fused into one actor.
-GPU_ENGINE_CPUS, CPU_ENGINE_CPUS = (1.0, 0.5, 0.25, 0.1, 0.0), (0.5, 0.3, 0.1, 0.0)
+# CPUs for an engine, best first. With a GPU its front process and the tensors fill most of one; the
+# quarter that is left lets answers be committed on the engine's own node, where media tasks hold every
+# other CPU. Without, never 1: the media stage asks for 1 CPU, and equal shares would be fused.
+GPU_ENGINE_CPUS, CPU_ENGINE_CPUS = (0.75, 0.5, 0.25, 0.1, 0.0), (0.5, 0.3, 0.1, 0.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ def compute(
     room = int(store_bytes / 8 / engines / (rows * row_bytes)) if store_bytes else wanted
     calls = max(2, min(wanted, room))
     cpus = sum(node.cpus for node in nodes)
-    left = cpus - engine_cpus * min(engines, max(gpus, 0) if on_gpu else engines)
+    if on_gpu:  # whole CPUs: what is left beside an engine is room for commits, not for media
+        left = float(sum(math.floor(node.cpus - node.gpus * engine_cpus) for node in nodes))
+    else:
+        left = cpus - engine_cpus * engines
     workers = min(left, resources.media_workers or left)
     where = "one a GPU" if on_gpu else "no GPU: vLLM on the CPU"
     if on_gpu and engines > gpus:
@@ -100,7 +104,7 @@ def compute(
         f" {engine.max_num_seqs} sequences"
         + ("" if calls == wanted else f" (wanted {wanted}: the object store has no room for more)"),
         f"media workers: {resources.media_workers or 'as CPUs are free'}; {left:g} of {cpus:g} CPUs"
-        " are not the engines'",
+        " are theirs",
     ]
     warnings = []
     if on_gpu and job.modality == "image":

@@ -5,6 +5,7 @@ Nothing is decoded; a remote file is read into its node's cache, where the media
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def local_files(job: Job) -> LocalFiles:
     return LocalFiles(
         Fetch(job.fetch, job.input.storage_options),
         job.input.storage_options,
-        str(Path(tempfile.gettempdir()) / "polyscribe-files"),
+        str(Path(tempfile.gettempdir()) / f"polyscribe-files-{os.getuid()}"),
         max_file_bytes=job.audio.max_file_bytes,
         max_bytes=job.audio.max_cache_bytes,
     )

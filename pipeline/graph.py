@@ -88,7 +88,7 @@ def way(
             num_gpus=compute.engine_gpus or None,
         )
         .map_batches(
-            Parse(run_id, job.prompt_name, job.audio.language),
+            Parse(run_id, job.prompt_name, job.audio),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=SINK_CPUS,

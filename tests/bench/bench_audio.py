@@ -117,9 +117,7 @@ def main() -> None:
     print("|---|" + "---|" * len(names))
     for row in rows:
         print(f"| {row} | " + " | ".join(f"{figures[name][row]:.1f}" for name in names) + " |")
-    print(
-        f"\nworker at most {mb(resource.RUSAGE_SELF):.0f} MB, a child {mb(resource.RUSAGE_CHILDREN):.0f} MB"
-    )
+    print(f"\nthis process at most {mb(resource.RUSAGE_SELF):.0f} MB")
     slowest = min(found["x real time"] for found in figures.values())
     if slowest < GOAL:
         sys.exit(f"{slowest:.0f} times real time; the goal is {GOAL}")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import struct
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sound import FORMATS, RATE_HZ, Spoken, Waveform, spoken, tone, write
 
 from operators.decode_audio import decode_audio, decode_tiles
 from operators.errors import MediaError
 from operators.ffmpeg_child import run
+from operators.frames import frame_count, frames
 from operators.probe import probe_audio
 from operators.settings import AudioSettings
 from operators.windows import grid
@@ -37,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, recording: Spoken) -> Path:
     return folder
 
 
-def decode(path: Path, settings: AudioSettings = SETTINGS) -> Waveform:
-    sound = probe_audio(str(path), settings)
-    return decode_audio(str(path), sound, 0, 0, 10**8, settings)
+def decode(path: Path, asked: AudioSettings = SETTINGS) -> Waveform:
+    sound = probe_audio(str(path), asked)
+    return decode_audio(str(path), sound, 0, 0, 10**8, asked)
 
 
 def shift_s(samples: Waveform, expected: Waveform) -> float:
@@ -157,8 +161,7 @@ def test_channels(tmp_path: Path) -> None:
     left, right = tone(2, 300), tone(2, 2000)
     path = write(tmp_path / "a.wav", np.stack([left, right], axis=1))
     for channel, expected in (("left", left), ("right", right), ("mix", (left + right) / 2)):
-        settings = SETTINGS.model_copy(update={"channel": channel})
-        found = decode(path, settings)
+        found = decode(path, SETTINGS.model_copy(update={"channel": channel}))
         assert np.allclose(found, expected, atol=1e-3), channel
     mono = write(tmp_path / "b.wav", left)
     for channel in ("left", "right", "mix"):
@@ -237,3 +240,22 @@ def test_a_wav_without_a_length(tmp_path: Path) -> None:
     sound = probe_audio(str(path), SETTINGS)
     assert sound.duration_s == pytest.approx(3, abs=0.01)
     assert len(decode(path)) == 3 * RATE_HZ
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1600, 60_000),
+    st.sampled_from([8000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 96_000]),
+    st.integers(1, 3),
+)
+def test_lengths_agree_at_every_rate(count: int, rate_hz: int, channels: int) -> None:
+    """Of samples, frames and durations, to one sample of resampling."""
+    with TemporaryDirectory() as folder:
+        sound = np.repeat(tone(4)[:count, None], channels, axis=1)
+        path = write(Path(folder) / "a.wav", sound, "-ar", str(rate_hz))
+        duration_s = probe_audio(str(path), SETTINGS).duration_s
+        samples = decode(path)
+        assert abs(len(samples) - duration_s * RATE_HZ) <= 2
+        assert abs(len(samples) - count) <= 1 + RATE_HZ / rate_hz
+        framed = frames(samples)
+        assert len(framed) == frame_count(len(samples)) == -(-len(samples) // 640)

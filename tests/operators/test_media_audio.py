@@ -93,7 +93,7 @@ def recording() -> Spoken:
 @pytest.mark.parametrize("name", ["a.wav", "vbr.mp3", "a.webm", "aac.mkv"])
 def test_the_same_windows_at_every_span_size(tmp_path: Path, recording: Spoken, name: str) -> None:
     path = write(tmp_path / name, recording.samples, *FORMATS[name])
-    sizes = (30, 120, 300, 3600) if name == "aac.mkv" else (120, 300)
+    sizes = (30, 300) if name == "aac.mkv" else (120, 300)
     found = []
     for span_s in sizes:
         rows = run(path, AudioSettings(span_s=span_s, timeout_s=60))

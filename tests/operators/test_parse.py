@@ -10,6 +10,7 @@ import pytest
 from operators.errors import MediaError
 from operators.parse import Parse, caption, tags
 from operators.schema import ANSWERS, LEDGER
+from operators.settings import AudioSettings
 
 
 def answer(text: str, finish_reason: str = "stop", output_tokens: int = 5) -> dict[str, object]:
@@ -132,3 +133,13 @@ def test_sound_that_ends_early_is_a_gap_as_well() -> None:
     )
     assert (done["status"], done["error_code"], done["text"]) == ("failed", "decode.corrupt", "one")
     assert "no sound from 9.0 s" in str(done["error_message"])
+
+
+def test_a_translation_stands_beside_what_was_said() -> None:
+    table = pa.Table.from_pylist(
+        [spoken(answer("guten Tag\nEnglish: good day"), answer("ja"))], schema=ANSWERS
+    )
+    audio = AudioSettings(translate_to="English", language="German")
+    (done,) = Parse("run-1", "translate", audio)(table).to_pylist()
+    assert (done["text"], done["language"]) == ("guten Tag ja", "German")
+    assert json.loads(done["structured"]) == [{"start_s": 0.0, "end_s": 8.0, "text": "good day"}]

@@ -81,6 +81,22 @@ def test_damaged_and_other_files(tmp_path: Path) -> None:
     assert code_of(text) == "decode.unsupported"
 
 
+def test_a_wav_that_was_cut_off_has_the_length_of_its_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", tone(10), "-metadata", "title=a title")
+    path.write_bytes(path.read_bytes()[:100_000])
+    sound = probe_audio(str(path), SETTINGS)
+    assert sound.duration_s == pytest.approx(10, abs=0.01)
+    assert not sound.counted
+
+
+def test_a_header_that_claims_years(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.flac", tone(2), "-ar", "8000")
+    data = bytearray(path.read_bytes())
+    data[21:26] = bytes([data[21] | 0x0F, 0xFF, 0xFF, 0xFF, 0xFF])  # 2^36 - 1 samples
+    path.write_bytes(data)
+    assert code_of(path) == "decode.corrupt"
+
+
 def _with_picture(path: Path, source: tuple[str, ...], options: tuple[str, ...]) -> Path:
     wav = write(path.with_suffix(".wav"), tone(2))
     command = ["ffmpeg", "-v", "error", *source, "-i", str(wav), *options, str(path)]

@@ -20,7 +20,7 @@ from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from operators.engine import Answer, Request
+from operators.requests import Answer, Request
 from pipeline.config import load_job
 from pipeline.run import folder_store, run
 

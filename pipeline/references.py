@@ -1,0 +1,209 @@
+"""References: what was really said, and which result each of them means.
+
+read_references  Parquet, CSV or JSONL: a key, the text, perhaps the language
+matched          references to results: by key, or by the end of the path
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from operators.stores import HTTP, protocol, reason, redact, unsigned
+from pipeline.manifest import CSV, MANIFESTS, PARQUET, resolve
+from pipeline.source_list import opened
+from pipeline.source_rows import LISTING_FAULTS
+
+# The most exact first: the first one that the references have is the key.
+KEYS = ("asset_id", "source_id", "uri")
+# A day of speech is about 150,000 words; csv's own limit is 131,072 characters.
+MAX_TEXT_CHARS = 1 << 28
+NAMED_AT_MOST = 5
+
+Row = dict[str, Any]
+
+
+class EvaluateError(Exception):
+    """Nothing to compare as asked. The message names file and column and says what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What was said in one asset."""
+
+    key: str
+    text: str
+    language: str | None = None
+    uri: str = ""  # key uri: as seen from the folder of the references
+
+
+@dataclass(frozen=True)
+class References:
+    """Rows of one file, keyed by one of its columns."""
+
+    name: str
+    key: str
+    rows: tuple[Reference, ...]
+    without_text: int = 0
+
+
+def read_references(
+    uri: str, storage_options: Mapping[str, Any], key: str | None = None
+) -> References:
+    """The file's rows. An empty text means that nothing is said; a row without any is left out."""
+    name = redact(uri)
+    columns, rows = _read(uri, storage_options)
+    chosen = key or next((one for one in KEYS if one in columns), None)
+    for column, allowed in ((chosen, ", ".join(KEYS)), ("text", "text")):
+        if column is None or column not in columns:
+            raise EvaluateError(
+                f"{name}: no column {column or 'that names the asset'}; needed: {allowed};"
+                f" there are {', '.join(columns) or 'none'}"
+            )
+    known: dict[str, Reference] = {}
+    without_text = 0
+    for number, row in enumerate(rows, 1):
+        value, text = _text(row.get(str(chosen))), _text(row.get("text"))
+        if value is None or not value.strip():
+            raise EvaluateError(f"{name}: row {number}: column {chosen} is empty")
+        if text is None:
+            without_text += 1
+            continue
+        where = unsigned(resolve(value, uri)) if chosen == "uri" else ""
+        reference = Reference(value, text, _text(row.get("language")), where)
+        if known.setdefault(value, reference) != reference:
+            raise EvaluateError(f"{name}: row {number}: {chosen} {value} comes twice and differs")
+    if not known:
+        raise EvaluateError(f"{name}: column text: no row has one")
+    return References(name, str(chosen), tuple(known.values()), without_text)
+
+
+def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    name = uri.lower().partition("?")[0]
+    if not name.endswith(MANIFESTS):
+        raise EvaluateError(f"{redact(uri)}: must end in one of {', '.join(MANIFESTS)}")
+    limit = csv.field_size_limit(MAX_TEXT_CHARS)
+    try:
+        with opened(uri, options) as file:
+            if name.endswith(PARQUET):
+                parquet = pq.ParquetFile(file)
+                there = list(parquet.schema_arrow.names)
+                wanted = [one for one in (*KEYS, "text", "language") if one in there]
+                return there, parquet.read(columns=wanted).to_pylist()
+            plain = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+            text = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+            if name.endswith(CSV):
+                reader = csv.DictReader(text, strict=True)
+                return list(reader.fieldnames or ()), list(reader)
+            rows = [json.loads(line) for line in text if line.strip()]
+    except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error) as error:
+        raise EvaluateError(f"{redact(uri)}: not a whole file of its kind: {error}") from error
+    except LISTING_FAULTS as error:
+        raise EvaluateError(f"{redact(uri)}: cannot be read: {reason(error)}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if any(not isinstance(row, dict) for row in rows):
+        raise EvaluateError(f"{redact(uri)}: every line must be an object with columns")
+    return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def _text(value: object) -> str | None:
+    return None if value is None or value != value else str(value)  # NaN: pandas' missing value
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which row each reference means."""
+
+    pairs: tuple[tuple[Reference, Row], ...]
+    missing: tuple[str, ...]
+    unreferenced: int
+    by_name: int
+
+
+def matched(references: References, rows: Iterable[Row]) -> Matches:
+    """Rows have asset_id, uri, source_id. Only those that a reference may mean are held.
+
+    Key uri: the same URI, else the file of the same name; of several, the one whose path ends most
+    alike. EvaluateError where two are equally near.
+    """
+    exact = {alias: one for one in references.rows for alias in (one.key, one.uri) if alias}
+    names: dict[str, list[Reference]] = defaultdict(list)
+    if references.key == "uri":
+        for one in references.rows:
+            names[_path(one.key)[-1]].append(one)
+    hits: dict[str, dict[str, Row]] = defaultdict(dict)
+    alike: dict[str, dict[str, Row]] = defaultdict(dict)
+    seen = 0
+    for row in rows:
+        seen += 1
+        if reference := exact.get(row[references.key] or ""):
+            hits[reference.key][row["asset_id"]] = row
+        elif (name := _path(row["uri"])[-1]) in names:
+            alike[name][row["asset_id"]] = row
+    found = {key: list(many.values()) for key, many in hits.items()}
+    for name, many in alike.items():
+        left = [one for one in names[name] if one.key not in hits]
+        for key, row in _nearest(left, list(many.values())):
+            found.setdefault(key, []).append(row)
+    if unclear := {key: many for key, many in found.items() if len(many) > 1}:
+        told = "; ".join(
+            f"{key}: {', '.join(row['uri'] for row in many[:NAMED_AT_MOST])}"
+            for key, many in list(unclear.items())[:NAMED_AT_MOST]
+        )
+        raise EvaluateError(
+            f"{references.name}: column {references.key}: {len(unclear)} values mean more than one"
+            f" file, for example {told}. Give the full uri, the source_id or the asset_id"
+        )
+    return Matches(
+        tuple((one, found[one.key][0]) for one in references.rows if one.key in found),
+        tuple(one.key for one in references.rows if one.key not in found),
+        seen - len(found),
+        len(found) - len(hits),
+    )
+
+
+def _nearest(left: Sequence[Reference], rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """(key, row) of files of one name; a key twice is ambiguous."""
+    claims: dict[str, list[tuple[int, Reference, Row]]] = defaultdict(list)
+    for one in left:
+        near = [(_common(_path(one.uri), _path(row["uri"])), row) for row in rows]
+        most = max(common for common, _ in near)
+        for common, row in near:
+            if common == most:
+                claims[row["asset_id"]].append((common, one, row))
+    for many in claims.values():
+        most = max(common for common, _, _ in many)
+        best = [(one, row) for common, one, row in many if common == most]
+        if len(best) > 1:
+            asked = ", ".join(one.key for one, _ in best[:NAMED_AT_MOST])
+            raise EvaluateError(
+                f"{best[0][1]['uri']}: the references {asked} mean this file alike; give the full"
+                " uri, the source_id or the asset_id"
+            )
+        yield best[0][0].key, best[0][1]
+
+
+def _path(uri: str) -> list[str]:
+    if uri.startswith("tar://"):
+        uri = uri.removeprefix("tar://").partition("::")[0]
+    elif protocol(uri) in HTTP:
+        uri = uri.partition("?")[0]
+    return [part for part in uri.split("/") if part not in ("", ".")] or [uri]
+
+
+def _common(one: list[str], other: list[str]) -> int:
+    """How many last parts are the same."""
+    same = (mine == its for mine, its in zip(one[::-1], other[::-1], strict=False))
+    return sum(1 for _ in takewhile(bool, same))
