@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import statistics
 import tempfile
 import time
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from pipeline.config import Job
 from pipeline.graph import vllm_engine
 from pipeline.run import run
 
+ROUNDS = 3
 CHECKPOINT = Path(__file__).parents[2] / "deploy" / "nano" / "checkpoint"
 
 
@@ -91,7 +93,16 @@ def engine_alone(job: Job, source: Path) -> tuple[float, float]:
     assert isinstance(engine, Engine)
     prepared: list[Request] = [request(data, job, prompt) for data in files]
     rate(engine, prepared[:32])  # warm-up
-    ceiling = rate(engine, prepared)
+    # In turn, because the machine's speed drifts.
+    rounds = [
+        (rate(engine, prepared), stock_rate(engine, files, job, prompt)) for _ in range(ROUNDS)
+    ]
+    engine.close()
+    return statistics.median(r[0] for r in rounds), statistics.median(r[1] for r in rounds)
+
+
+def stock_rate(engine: Engine, files: list[bytes], job: Job, prompt: Prompt) -> float:
+    """Images a second where the engine's own processor gets decoded pixels."""
     started = time.perf_counter()
     futures: list[Future[Answer]] = []
     for data in files:
@@ -99,9 +110,7 @@ def engine_alone(job: Job, source: Path) -> tuple[float, float]:
         futures.append(engine.submit(RawImageRequest(prompt.raw(), pixels, prompt.media_id)))
     for future in futures:
         future.result()
-    stock = len(files) / (time.perf_counter() - started)
-    engine.close()
-    return ceiling, stock
+    return len(files) / (time.perf_counter() - started)
 
 
 def request(data: bytes, job: Job, prompt: Prompt) -> ImageRequest:

@@ -18,7 +18,7 @@ from pipeline.verify import verify
 
 PROGRAM = Path(__file__).with_name("several_nodes.py")
 PATH = os.pathsep.join([str(PROGRAM.parents[2]), str(PROGRAM.parents[1])])
-PICTURES = 256
+PICTURES = 192
 
 pytestmark = pytest.mark.ray
 
