@@ -68,10 +68,14 @@ def engine(nano: Path, deaths: list[str]) -> Iterator[Engine]:
     started.close()
 
 
-def picture_files() -> list[bytes]:
-    files = [path.read_bytes() for path in sorted(SAMPLES.glob("*.*"))][:5]
+def samples() -> list[bytes]:
+    """Pictures of what the checkpoint knows."""
+    return [path.read_bytes() for path in sorted(SAMPLES.glob("*.*"))]
+
+
+def strange_pictures() -> list[bytes]:
+    """Pictures of which it knows nothing: any difference of the tensors shows."""
     return [
-        *files,
         media.encode(media.photo(640, 480), "JPEG"),
         media.encode(media.photo(50, 400), "PNG"),
     ]
@@ -98,7 +102,7 @@ def prepared(data: bytes, prompt: Prompt) -> ImageRequest:
 
 
 def test_prepared_tensors_give_the_tokens_of_vllms_own_path(engine: Engine, prompt: Prompt) -> None:
-    files = picture_files()
+    files = [*samples(), *strange_pictures()]
     ours = [engine.submit(prepared(data, prompt)) for data in files]
     theirs = [
         engine.submit(RawImageRequest(prompt.raw(), pixels(data), prompt.media_id))
@@ -115,7 +119,9 @@ def test_prepared_tensors_give_the_tokens_of_transformers(
 ) -> None:
     processor = AutoProcessor.from_pretrained(nano)
     model = Gemma4UnifiedForConditionalGeneration.from_pretrained(nano, dtype=torch.bfloat16)
-    for data in picture_files():
+    # vLLM's CPU backend has no bidirectional attention between an image's tokens, transformers has:
+    # the answers are equal where the checkpoint knows what it sees.
+    for data in samples():
         request = prepared(data, prompt)
         inputs = processor(
             text=prompt.raw(),
