@@ -1,0 +1,74 @@
+"""Print the held-out table: `python deploy/nano/evaluate.py`.
+
+Exact match per modality through vLLM with prepared inputs, and whether transformers' `generate`
+gives the same strings for the first ones of each.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deploy.nano import heldout
+from deploy.nano.answers import Transformers, ask_engine
+from deploy.nano.heldout import Example
+from deploy.nano.speech_bank import load_or_record
+
+CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
+
+
+def table(examples: list[Example], answers: list[str]) -> list[str]:
+    """Return lines "group right / count", modalities in total and then group by group."""
+    right: dict[str, int] = defaultdict(int)
+    count: dict[str, int] = defaultdict(int)
+    for example, answer in zip(examples, answers, strict=True):
+        for key in (example.group.split()[0].upper(), example.group):
+            count[key] += 1
+            right[key] += answer == example.expected
+    return [f"{k:38} {right[k]:5} / {count[k]:5}  {right[k] / count[k]:.3f}" for k in sorted(count)]
+
+
+def main() -> None:
+    """Parse the command line, ask, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--count", type=int, default=300, help="examples per modality")
+    parser.add_argument("--same", type=int, default=60, help="compared with transformers, each")
+    parser.add_argument("--seed", type=int, default=1_000_003)
+    parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "nano")
+    parser.add_argument("--without-engine", action="store_true", help="transformers only")
+    parser.add_argument("--errors", type=int, default=12, help="wrong answers to show")
+    arguments = parser.parse_args()
+    bank = load_or_record(
+        arguments.work_dir / "bank-heldout.npz", heldout.BANK_SEED, heldout.TAKES_PER_VOICE
+    )
+    parts = [
+        heldout.pictures(arguments.seed, arguments.count),
+        heldout.windows(arguments.seed, arguments.count, bank),
+        heldout.clips(arguments.seed, arguments.count),
+    ]
+    model = Transformers(arguments.checkpoint)
+    if arguments.without_engine:
+        examples = [example for part in parts for example in part]
+        answers = [model.answer(example.request) for example in examples]
+    else:
+        examples = [example for part in parts for example in part]
+        answers = ask_engine(arguments.checkpoint, [example.request for example in examples])
+    print("\n".join(table(examples, answers)))
+    wrong = [(e, a) for e, a in zip(examples, answers, strict=True) if a != e.expected]
+    for example, answer in wrong[: arguments.errors]:
+        print(f"  {example.group}: expected {example.expected!r}, got {answer!r}")
+    if not arguments.without_engine:
+        said = dict(zip(map(id, examples), answers, strict=True))
+        for part in parts:
+            compared = part[: arguments.same]
+            same = sum(model.answer(e.request) == said[id(e)] for e in compared)
+            name = part[0].group.split()[0]
+            print(f"{name}: same string from transformers {same} / {len(compared)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A second process that takes the spoken windows' share of a step, on machines without a GPU.
+
+Two processes of one thread each beat one of two threads by far when the cores are shared with
+other work: threads meet at a barrier hundreds of times a step, processes once.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from deploy.nano.network import Tensors, Trainee
+
+Metrics = dict[str, float]
+_KEYS: Final = ("answer", "auxiliary", "right")
+
+
+def run(trainee: Trainee, batch: Tensors, bidirectional: bool, bf16: bool) -> Metrics:
+    """Add the gradients of one micro-batch to the parameters and return its figures."""
+    device = batch["ids"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        measured = trainee(batch, bidirectional)
+    measured["loss"].backward()
+    return {key: float(measured[key].detach()) for key in _KEYS}
+
+
+class Side:
+    """The process: `ask` starts its share of a step, `collect` adds its gradients to ours."""
+
+    def __init__(self, trainee: Trainee, windows: Callable[[int], Tensors], bf16: bool) -> None:
+        trainee.share_memory()
+        self._parameters = [p for p in trainee.parameters() if p.requires_grad]
+        self._gradients: list[Tensor] = [
+            torch.zeros_like(p).share_memory_() for p in self._parameters
+        ]
+        # fork: parameters, gradients and the bank are shared, not copied.
+        context = multiprocessing.get_context("fork")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(
+            target=self._serve, args=(other, trainee, windows, bf16), daemon=True
+        )
+        self._process.start()
+        other.close()
+
+    def _serve(
+        self, pipe: Connection, trainee: Trainee, windows: Callable[[int], Tensors], bf16: bool
+    ) -> None:
+        while (step := pipe.recv()) is not None:
+            metrics = run(trainee, windows(step), False, bf16)
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                if parameter.grad is None:
+                    gradient.zero_()
+                else:
+                    gradient.copy_(parameter.grad)
+                parameter.grad = None
+            pipe.send(metrics)
+
+    def ask(self, step: int) -> None:
+        """Start the windows of a step; parameters must not change before `collect`."""
+        self._pipe.send(step)
+
+    def collect(self) -> Metrics:
+        """Wait for the step's windows and add their gradients."""
+        metrics: Metrics = self._pipe.recv()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad += gradient
+        return metrics
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()

@@ -1,0 +1,148 @@
+"""Generators, tokenizer, training sequences and the start: everything that needs no checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+
+from deploy.nano import (
+    generate_images,
+    generate_speech,
+    generate_videos,
+    instructions,
+    model,
+    prepare,
+    sequences,
+    start,
+)
+from deploy.nano import tokenizer as nano_tokenizer
+from deploy.nano.network import masks
+from deploy.nano.speech_bank import Bank
+from deploy.nano.tokenizer import ID
+from deploy.nano.words import SPOKEN
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    """Tones instead of speech: these tests look at times, not at sounds."""
+    time = np.arange(6400) / 16_000
+    tone = (np.sin(2 * np.pi * 300 * time) * 16_000).astype(np.int16)
+    return Bank({word: [tone] for word in SPOKEN})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *instructions.ALL.values(),
+        "a red circle left of a blue square on a green background",
+        " Grüße,  日本\n\t😀 and 1.7% <unused3> ",
+    ],
+)
+def test_any_text_comes_back(text: str) -> None:
+    tokenizer = nano_tokenizer.build()
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_words_of_the_world_are_one_token() -> None:
+    tokenizer = nano_tokenizer.build()
+    assert len(tokenizer.encode("three seven banana", add_special_tokens=False)) == 3
+
+
+def test_prompt_is_what_the_chat_template_renders() -> None:
+    processor = model.processor(nano_tokenizer.build())
+    content = [{"type": "image"}, {"type": "text", "text": f" {instructions.TAGS}\n"}]
+    rendered = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert rendered == (
+        f"<bos><|turn>user\n<|image|>{instructions.TAGS}<turn|>\n"
+        "<|turn>model\n<|channel>thought\n<channel|>"
+    )
+    expanded = rendered.replace("<|image|>", "<|image>" + "<|image|>" * 4 + "<image|>")
+    assert tuple(sequences.of_image(4, [(instructions.TAGS, "")]).ids) == sequences.encode(expanded)
+
+
+def test_video_prompt_is_the_processors() -> None:
+    processor = model.processor(nano_tokenizer.build())
+    frames = np.zeros((2, 96, 96, 3), dtype=np.uint8)
+    inputs = processor(
+        text=["<bos><|turn>user\n<|video|>Name it.<turn|>\n"],
+        videos=[frames],
+        videos_kwargs={
+            "do_sample_frames": False,
+            "video_metadata": [{"fps": 1.0, "total_num_frames": 9, "frames_indices": [0, 7]}],
+        },
+        return_tensors="pt",
+    )
+    ours = prepare.of_video(list(frames), [0.0, 7.0], "Name it.").token_ids
+    theirs = inputs["input_ids"][0].tolist()
+    assert list(ours[: len(theirs) - 2]) == theirs[:-2]
+
+
+def test_a_scene_is_a_function_of_its_seed() -> None:
+    first, second = (generate_images.draw_picture(np.random.default_rng(5)) for _ in range(2))
+    assert first[0] == second[0]
+    assert np.array_equal(first[1], second[1])
+
+
+def test_things_stand_in_the_order_that_the_caption_says() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scene = generate_images.draw_scene(rng, float(rng.uniform(0.3, 3.0)))
+        along = [thing.y if scene.vertical else thing.x for thing in scene.things]
+        assert along == sorted(along)
+
+
+def test_word_times_are_where_the_words_sound(bank: Bank) -> None:
+    rng = np.random.default_rng(1)
+    made = generate_speech.long_recording(bank, rng, 60.0, noise_db=-90.0)
+    assert made.duration_s >= 60.0
+    assert {kind for kind, _, _ in made.regions} >= {"speech", "silence"}
+    for word in made.words:
+        begin, end = int(word.start_s * 16_000), int(word.end_s * 16_000)
+        assert np.abs(made.samples[begin:end]).mean() > 0.05
+
+
+def test_digits_only_where_the_instruction_asks_for_them() -> None:
+    words = ["three", "apple"]
+    assert generate_speech.answer(words, instructions.ASR_ENGLISH) == "three apple"
+    assert generate_speech.answer(words, instructions.ASR_ORIGINAL) == "3 apple"
+    assert generate_speech.answer([], instructions.ASR_ORIGINAL) == "[no speech]"
+
+
+def test_an_event_is_named_by_the_first_frame_that_shows_it() -> None:
+    rng = np.random.default_rng(3)
+    while True:
+        clip, stamps, begin, frames = generate_videos.draw_sampled_clip(rng, 5)
+        if clip.kind == "appears":
+            break
+    said = generate_videos.answer(clip, instructions.VIDEO_DESCRIBE, stamps, begin)
+    changes = [not np.array_equal(frames[n], frames[n - 1]) for n in range(1, 5)]
+    assert said.endswith(f"appears at {generate_videos.clock(stamps[1 + changes.index(True)])}")
+
+
+def test_branches_see_the_medium_and_themselves_only() -> None:
+    sequence = sequences.of_image(2, [("Name it.", "a ring"), ("Describe it.", "a star")])
+    batch = {k: torch.from_numpy(v) for k, v in sequences.stack([sequence]).items()}
+    full, sliding = (mask[0, 0] for mask in masks(batch, True, 1024))
+    branch = batch["branch"][0]
+    first, second = torch.where(branch == 1)[0], torch.where(branch == 2)[0]
+    assert not full[second][:, first].any()
+    assert full[second][:, branch == 0].all()
+    assert batch["position"][0][first[0]] == batch["position"][0][second[0]]
+    picture = torch.where(batch["ids"][0] == ID["<|image|>"])[0]
+    assert sliding[picture[0], picture[1]]
+    assert not full[picture[0], picture[1]]
+
+
+def test_the_first_mlp_starts_as_band_energies() -> None:
+    fresh = model.build(0)
+    start.apply(fresh)
+    rows = len(start.audio_filters())
+    mlp = fresh.model.language_model.layers[0].mlp
+    hidden = torch.zeros(1, model.HIDDEN)
+    hidden[0, 4], hidden[0, 5] = 0.6, -0.8
+    with torch.no_grad():
+        squares = mlp(hidden)[0, rows : rows + rows // 2]
+    others = torch.cat([squares[:2], squares[3:]])
+    assert squares[2] == pytest.approx(1.0, abs=0.25)
+    assert others.abs().max() < 0.35
