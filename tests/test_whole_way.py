@@ -124,13 +124,11 @@ def test_a_recording_gives_its_words_with_their_times_whatever_the_spans(
     said = generate_speech.answer(recording.words, "digits").split()
     # The way loses no word (tests of the cuts hold that); the nano checkpoint knows most of them.
     assert words_right(said, talk["text"].split()) >= WORDS_RIGHT
-    for segment in talk["segments"]:
-        inside = [
-            word
-            for word in recording.words
-            if word.start_s >= segment["start_s"] - 0.3 and word.end_s <= segment["end_s"] + 0.3
-        ]
-        assert len(segment["text"].split()) <= len(inside) + 1
+    for word in recording.words:
+        assert any(
+            segment["start_s"] - 0.3 <= word.start_s and word.end_s <= segment["end_s"] + 0.3
+            for segment in talk["segments"]
+        ), word
     subtitles = finished.folder.names("subtitles")
     assert len(subtitles) == 2
     assert finished.folder.read(subtitles[1]).startswith(b"WEBVTT")

@@ -34,7 +34,7 @@ _QUIET: Final = ("ffmpeg", "-hide_banner", "-loglevel", "error", "-y")
 # are right.
 PICTURES: Final = (
     ("shapes-01.png", 640, 480, None, 0),
-    ("shapes-02.jpg", 1920, 1080, "mixed", 0),
+    ("shapes-02.jpg", 1920, 1080, "mixed", 1),
     ("shapes-03.jpg", 480, 640, None, 3),
     ("shapes-04.webp", 512, 512, None, 0),
     ("shapes-05.png", 96, 96, None, 0),
