@@ -119,7 +119,8 @@ PAGE = """<!doctype html>
  th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e6e9ef;
           vertical-align: top; overflow-wrap: anywhere }
  td.c { white-space: nowrap } img { display: block; max-width: 10rem }
- th { color: #5b6472; font-weight: 600; white-space: nowrap } td.n, th.n { text-align: right; white-space: nowrap }
+ th { color: #5b6472; font-weight: 600; white-space: nowrap }
+ td.n, th.n { text-align: right; white-space: nowrap }
  .bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; background: #e6e9ef }
  .ok { background: #2e7d4f } .empty { background: #9aa4b2 } .partial { background: #d08700 }
  .failed { background: #b3261e }
