@@ -12,7 +12,6 @@ the spans to do go to OUTPUT/<fingerprint>/plan as Parquet, from where every wor
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +59,6 @@ class Plan:
     skipped: dict[str, int]
     spans: int
     spans_todo: int
-    seconds: float
 
     def line(self) -> str:
         """Counts for people."""
@@ -103,7 +101,6 @@ def make_plan(
 
     Raises pipeline.source.SourceError where the input cannot be listed.
     """
-    started = time.monotonic()
     listed, skipped = _list(job, db, progress)
     assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")
     ledger.load(db, store)
@@ -140,7 +137,6 @@ def make_plan(
         skipped=dict(skipped),
         spans=before + spans,
         spans_todo=todo,
-        seconds=time.monotonic() - started,
     )
 
 

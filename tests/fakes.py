@@ -34,16 +34,15 @@ def done(answer: Answer) -> Future[Answer]:
 class EchoEngine:
     """Answers at once with the grid and the mean colour of the first patch.
 
-    By media hash: `deadly` ones end the process, `refused` ones it refuses, `scripted` has answers.
+    By media hash: `deadly` ones end the process, `refused` ones it refuses.
     """
 
     def __init__(
         self,
         deadly: frozenset[str] = frozenset(),
         refused: frozenset[str] = frozenset(),
-        scripted: dict[str, Answer] | None = None,
     ) -> None:
-        self.deadly, self.refused, self.scripted = deadly, refused, scripted or {}
+        self.deadly, self.refused = deadly, refused
         self.closed = False
         self.open = self.most_open = 0
         self._lock = threading.Lock()
@@ -61,7 +60,7 @@ class EchoEngine:
         red, green, blue = request.patches[0].reshape(-1, 3).mean(axis=0).round().astype(int)
         text = f"{request.columns}x{request.rows} {red} {green} {blue}"
         answer = Answer(text, "stop", len(request.token_ids), length, 3)
-        return done(self.scripted.get(request.media_hash, answer))
+        return done(answer)
 
     def usage(self) -> dict[str, float]:
         return {"engine_s": 1.0, "idle_s": 0.5, "open_s": 0.5}
