@@ -15,6 +15,7 @@ from operators.ffmpeg_child import FORMATS, PROTOCOLS, run
 from operators.frames import SAMPLE_RATE_HZ, Waveform
 from operators.probe import Sound
 from operators.settings import AudioSettings
+from operators.tracks import channel
 from operators.voice import CHUNK_SAMPLES
 from operators.windows import LEAD_CHUNKS, Grid
 
@@ -24,7 +25,7 @@ SAMPLE_BYTES = 4
 
 
 def decode_tiles(
-    path: str, sound: Sound, grid: Grid, tiles: range, settings: AudioSettings
+    path: str, sound: Sound, grid: Grid, tiles: range, settings: AudioSettings, track: str = "mix"
 ) -> list[tuple[int, Waveform]]:
     """(first sample, samples) for each block of `tiles`, with LEAD_CHUNKS before its first tile.
 
@@ -37,14 +38,20 @@ def decode_tiles(
         begin = max(0, grid.tile(block)[0] - lead)
         start = max(0, grid.tile(wanted.start)[0] - lead)
         stop = grid.tile(wanted.stop - 1)[1]
-        pieces.append((start, decode_audio(path, sound, begin, start, stop, settings)))
+        pieces.append((start, decode_audio(path, sound, begin, start, stop, settings, track)))
     return pieces
 
 
 def decode_audio(
-    path: str, sound: Sound, begin: int, start: int, stop: int, settings: AudioSettings
+    path: str,
+    sound: Sound,
+    begin: int,
+    start: int,
+    stop: int,
+    settings: AudioSettings,
+    track: str = "mix",
 ) -> Waveform:
-    """Samples [start, stop), decoded from `begin` on (positions in samples, begin <= start).
+    """Samples [start, stop) of a track, decoded from `begin` on (positions in samples, begin <= start).
 
     Where the stream starts late or has a hole there is silence, so a position is a time. Samples
     depend on `begin`, not on start and stop. Raises MediaError decode.* where nothing comes out
@@ -66,7 +73,7 @@ def decode_audio(
             source,
             "pipe:",
             map="0:a:0",
-            af=",".join((*_channel(sound, settings), *RESAMPLE)),
+            af=",".join((*_mono(sound, track), *RESAMPLE)),
             f="f32le",
             c="pcm_f32le",
             t=f"{stop / SAMPLE_RATE_HZ - seek_s + 1:.3f}",
@@ -98,12 +105,13 @@ RESAMPLE = (
 )
 
 
-def _channel(sound: Sound, settings: AudioSettings) -> tuple[str, ...]:
+def _mono(sound: Sound, track: str) -> tuple[str, ...]:
     if sound.channels == 1:
         return ()  # is left as well as right
-    if settings.channel == "mix":
+    if track == "mix":
         # ffmpeg's own mix of float samples may pass 1.0; the model does not hear loudness
         share = f"{1 / sound.channels:.6f}"
         mixed = "+".join(f"{share}*c{index}" for index in range(sound.channels))
         return (f"pan=mono|c0={mixed}",)
-    return (f"pan=mono|c0=c{0 if settings.channel == 'left' else 1}",)
+    index = {"left": 0, "right": 1}.get(track, channel(track))
+    return (f"pan=mono|c0=c{index}",)

@@ -1,10 +1,10 @@
-"""How a recording is cut into spans: its header, on a CPU worker. The last step of the plan."""
+"""How an asset is cut into spans, track by track: its headers, on a CPU worker. The last step of the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -14,22 +14,33 @@ from operators.local_files import LocalFile
 from operators.probe import probe_audio
 from operators.schema import DIVIDED
 from operators.settings import AudioSettings
+from operators.tracks import sound_tracks
 from operators.windows import spans
 
 
-class DivideAudio:
+class Track(NamedTuple):
+    """A track and its spans' nominal (start_s, end_s)."""
+
+    name: str
+    spans: list[tuple[float | None, float | None]]
+
+
+class Divide:
     """Batch callable: FOUND -> DIVIDED, one row a span.
 
-    What cannot be read is one span: the media stage then meets the same fault, and gives it its code.
+    `tracks` reads a node-local file. What it cannot read is one span of the track `unread`: the media
+    stage then meets the same fault, and gives it its code.
     """
 
     def __init__(
         self,
         files: Callable[[Ref, str | None], AbstractContextManager[LocalFile]],
-        audio: AudioSettings,
+        tracks: Callable[[str], list[Track]],
+        unread: str,
     ) -> None:
         self._files = files
-        self._audio = audio
+        self._tracks = tracks
+        self._unread = unread
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = [row for asset in table.to_pylist() for row in self._rows(asset)]
@@ -39,19 +50,40 @@ class DivideAudio:
         ref = Ref(
             asset["fetch_uri"], asset["fetch_offset"], asset["fetch_length"], asset["size_bytes"]
         )
-        found: list[tuple[float | None, float | None]]
         try:
             with self._files(ref, asset["version"]) as file:
-                found = [*spans(probe_audio(file.path, self._audio).duration_s, self._audio)]
+                tracks = self._tracks(file.path)
         except MediaError:
-            found = [(None, None)]
-        return [
-            {
-                "asset_id": asset["asset_id"],
-                "span_index": index,
-                "span_count": len(found),
+            tracks = [Track(self._unread, [(None, None)])]
+        return divided(asset["asset_id"], tracks)
+
+
+def divided(asset_id: str, tracks: list[Track]) -> list[dict[str, Any]]:
+    """Rows of DIVIDED."""
+    count = sum(len(track.spans) for track in tracks)
+    division = "+".join(str(len(track.spans)) for track in tracks)
+    rows: list[dict[str, Any]] = []
+    for track in tracks:
+        for index, (start_s, end_s) in enumerate(track.spans):
+            row = {
+                "asset_id": asset_id,
+                "span_index": len(rows),
+                "span_count": count,
+                "division": division,
+                "track": track.name,
+                "track_index": index,
+                "track_count": len(track.spans),
                 "span_start_s": start_s,
                 "span_end_s": end_s,
             }
-            for index, (start_s, end_s) in enumerate(found)
-        ]
+            rows.append(row)
+    return rows
+
+
+def speech_tracks(path: str, audio: AudioSettings) -> list[Track]:
+    """The tracks of a recording: one, or one a channel. Raises MediaError as probe_audio."""
+    sound = probe_audio(path, audio)
+    return [
+        Track(name, [*spans(sound.duration_s, audio)])
+        for name in sound_tracks(sound.channels, audio)
+    ]

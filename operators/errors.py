@@ -23,7 +23,7 @@ class Failure:
 FAILURES: dict[str, Failure] = {
     "fetch.not_found": Failure("the store has no such object", transient=True),
     "fetch.forbidden": Failure("the store refused the credentials", transient=True),
-    "fetch.too_large": Failure("the object is larger than fetch.max_bytes or audio.max_file_bytes"),
+    "fetch.too_large": Failure("the object is larger than fetch.max_bytes or max_file_bytes"),
     "fetch.timeout": Failure("the store did not answer within fetch.timeout_s", transient=True),
     "fetch.unavailable": Failure("the store kept failing after all attempts", transient=True),
     "fetch.changed": Failure("the object changed between listing and reading", transient=True),

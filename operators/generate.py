@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from operators.requests import (
 from operators.retry import halves, joined, went_wrong
 from operators.schema import ANSWERS, PREPARED
 from operators.settings import ImageSettings
+from operators.tracks import Kind, kind
 
 MAX_STRIKES = 2
 
@@ -54,12 +55,12 @@ class Generate:
     def __init__(
         self,
         engine: Callable[[], TextEngine],
-        prompt: Prompt,
+        prompts: Mapping[Kind, Prompt],
         image: ImageSettings,
         strikes: Callable[[], Strikes],
         report: Callable[[dict[str, float]], None] = lambda usage: None,
     ) -> None:
-        self._prompt = prompt
+        self._prompts = prompts
         self._image = image
         self._report = report
         self._strikes = strikes()
@@ -121,7 +122,7 @@ class Generate:
         """One more try of speech that gave no transcript, in shorter pieces."""
         if not isinstance(request, AudioRequest) or not went_wrong(answer):
             return answer
-        parts = halves(request, self._prompt, json.loads(row["variables"] or "null"))
+        parts = halves(request, self._prompts["audio"], json.loads(row["variables"] or "null"))
         return joined(answer, [_answer(future) for future in map(self._engine.submit, parts)])
 
     def _submit(self, request: Request | MediaError) -> Future[Answer]:
@@ -133,6 +134,8 @@ class Generate:
 
     def _requests(self, row: dict[str, Any]) -> Iterator[Request | MediaError]:
         """One request a window, over views of the object store's memory."""
+        asked = kind(row["track"])
+        prompt = self._prompts[asked]
         for token_ids, media, columns, rows, media_hash in zip(
             row["window_tokens"],
             row["window_media"],
@@ -144,8 +147,8 @@ class Generate:
             if columns == 0:  # render: engine
                 yield self._raw_request(row, media.to_pybytes())
                 continue
-            placeholder = self._prompt.placeholder(token_ids)
-            if row["modality"] == "audio":
+            placeholder = prompt.placeholder(token_ids)
+            if asked == "audio":
                 frames = np.frombuffer(media, dtype=np.float32).reshape(columns, -1)
                 yield AudioRequest(token_ids, placeholder, frames, media_hash)
             else:
@@ -157,8 +160,9 @@ class Generate:
             pixels = decode_image(data, self._image).pixels
         except MediaError as error:
             return error
-        prompt = self._prompt.raw(json.loads(row["variables"] or "{}"))
-        return RawImageRequest(prompt, pixels, self._prompt.raw_media_id)
+        prompt = self._prompts["image"]
+        rendered = prompt.raw(json.loads(row["variables"] or "{}"))
+        return RawImageRequest(rendered, pixels, prompt.raw_media_id)
 
 
 class _Outcome:
@@ -210,7 +214,7 @@ class Gate:
 
 
 def _row(table: pa.Table, index: int) -> dict[str, Any]:
-    names = ("span_id", "modality", "variables", "window_tokens", "window_media_hash")
+    names = ("span_id", "track", "variables", "window_tokens", "window_media_hash")
     row = {name: table[name][index].as_py() for name in (*names, "window_columns", "window_rows")}
     # Not as_py: that would copy megabytes of patches into bytes objects.
     row["window_media"] = [media.as_buffer() for media in table["window_media"][index].values]

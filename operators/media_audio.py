@@ -1,4 +1,4 @@
-"""The media stage for sound: a batch of PLAN rows in, the same rows as PREPARED out.
+"""The media stage for sound: a span of a sound track to its windows.
 
 A span's windows, each at most audio.window_s long and with zeros where nobody speaks, as frames and
 token ids. What a window holds depends on file and settings only (windows.py). A span in which nobody
@@ -8,27 +8,19 @@ speaks has no windows, and the model is not asked.
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from functools import cache
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from operators.decode_audio import decode_tiles
 from operators.errors import MediaError
-from operators.fetch import FetchError, Ref
 from operators.frames import SAMPLE_RATE_HZ, Waveform, frames
-from operators.local_files import LocalFile
 from operators.prepare_image import media_hash
-from operators.prepared import Row, Window, prepared_table
+from operators.prepared import Row, Window, check_division
 from operators.probe import Sound, probe_audio
 from operators.prompt import Prompt
-from operators.schema import PLAN
 from operators.settings import AudioSettings
 from operators.voice import (
     CHUNK_SAMPLES,
@@ -42,9 +34,6 @@ from operators.windows import LEAD_CHUNKS, Grid, cut, grid
 # Headers are this far from the truth without anything being wrong.
 LEAST_MISSING_S = 1.0
 MISSING_FRACTION = 0.001
-
-# One file at a time is decoded in a process, whatever is being fetched: it has one CPU.
-_busy = threading.Lock()
 
 
 class Tile(NamedTuple):
@@ -73,64 +62,22 @@ class Heard(NamedTuple):
     end_s: float
 
 
-class AudioMedia:
-    """Callable on a batch; holds settings only, so it pickles.
+class PrepareSpeech:
+    """A span of a sound track to its windows (media_files.Prepare)."""
 
-    `files` gives a node-local file for a reference and a version (local_files.LocalFiles).
-    """
-
-    def __init__(
-        self,
-        files: Callable[[Ref, str | None], AbstractContextManager[LocalFile]],
-        audio: AudioSettings,
-        prompt: Prompt,
-        *,
-        concurrency: int = 2,
-    ) -> None:
-        self._files = files
+    def __init__(self, audio: AudioSettings, prompt: Prompt) -> None:
         self._audio = audio
         self._prompt = prompt
-        self._concurrency = concurrency
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Table of PLAN -> table of PREPARED, same rows in the same order."""
-        # a block without any value in a column may come with type null
-        plan = batch.select(PLAN.names).cast(PLAN)
-        rows = list(_threads(self._concurrency).map(self._run, plan.to_pylist()))
-        return prepared_table(plan, rows)
-
-    def _run(self, asked: dict[str, Any]) -> Row:
-        row = Row()
-        started = time.monotonic()
-        ref = Ref(
-            asked["fetch_uri"], asked["fetch_offset"], asked["fetch_length"], asked["size_bytes"]
-        )
-        try:
-            with self._files(ref, asked["version"]) as file:
-                row.attempts = file.attempts
-                row.fetch_s = time.monotonic() - started
-                with _busy:
-                    self._prepare(row, file.path, asked)
-        except FetchError as error:
-            row.attempts, row.error = error.attempts, error
-        except MediaError as error:
-            row.error = error
-        if row.fetch_s is None:
-            row.fetch_s = time.monotonic() - started
-        return row
-
-    def _prepare(self, row: Row, path: str, asked: dict[str, Any]) -> None:
+    def __call__(self, row: Row, path: str, asked: dict[str, Any]) -> None:
+        """Raises MediaError where nothing of the span can be had."""
         started = time.perf_counter()
         sound = probe_audio(path, self._audio)
         row.duration_s = sound.duration_s
         found = grid(sound.duration_s, self._audio)
-        index = asked["span_index"] or 0
-        if asked["span_count"] not in (None, found.spans):
-            raise MediaError(
-                "fetch.changed",
-                f"the plan has {asked['span_count']} spans of this file, now it gives {found.spans}",
-            )
-        tiles = read_tiles(path, sound, found, found.span(index), self._audio)
+        index, track = asked["track_index"], asked["track"]
+        check_division(asked, found.spans)
+        tiles = read_tiles(path, sound, found, found.span(index), self._audio, track)
         row.decode_s = time.perf_counter() - started
         started = time.perf_counter()
         heard = hear(tiles, found, found.span(index), self._audio)
@@ -154,11 +101,11 @@ class AudioMedia:
 
 
 def read_tiles(
-    path: str, sound: Sound, grid: Grid, windows: range, settings: AudioSettings
+    path: str, sound: Sound, grid: Grid, windows: range, settings: AudioSettings, track: str
 ) -> dict[int, Tile]:
     """The tiles that these windows need, by boundary. Those behind the end of the stream are empty."""
     tiles = range(windows.start, windows.stop + 1)
-    pieces = decode_tiles(path, sound, grid, tiles, settings)
+    pieces = decode_tiles(path, sound, grid, tiles, settings, track)
     found = {}
     for (_, wanted), (start, samples) in zip(grid.blocks(tiles), pieces, strict=True):
         for boundary in wanted:
@@ -245,8 +192,3 @@ def _speech(
     if inside:
         kept = only_speech(sound[start - left.start : stop - left.start], inside)
         yield Speech(start + inside[0][0], kept[inside[0][0] : inside[-1][1]])
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="audio")

@@ -13,7 +13,8 @@ from operators.errors import FAILURES, MediaError
 from operators.retry import is_refusal
 from operators.schema import ANSWERS, LEDGER
 from operators.settings import AudioSettings
-from operators.stitch import Heard, split_translation, stitch
+from operators.stitch import Heard, Segment, split_translation, stitch
+from operators.tracks import channel, kind
 
 # Enough of a bad answer to see what went wrong with it.
 EXCERPT_CHARS = 200
@@ -37,11 +38,14 @@ class Parse:
         if row["error_code"] is None:
             fields = counts(answers)
             try:
-                if row["modality"] == "audio":
-                    fields |= transcript(row, answers, self._audio.translate_to)
-                    fields["language"] = self._audio.language
-                else:
-                    fields |= caption(answers, self._prompt_name)
+                match kind(row["track"]):
+                    case "audio":
+                        fields |= transcript(row, answers, self._audio.translate_to)
+                        fields["language"] = self._audio.language
+                    case "video":
+                        fields |= captions(row, answers)
+                    case _:
+                        fields |= caption(answers, self._prompt_name)
             except MediaError as error:
                 fields |= failure(error)
         fields = {"status": "failed", **row, **fields}
@@ -75,6 +79,8 @@ def transcript(
     it failed.
     """
     windows, translated, first = [], [], None
+    own = channel(row["track"])
+    place = {} if own is None else {"channel": own}
     for answer, start_s, end_s in zip(
         answers, row["window_start_s"] or (), row["window_end_s"] or (), strict=True
     ):
@@ -89,22 +95,52 @@ def transcript(
                 text, translation = split_translation(text, translate_to)
             windows.append(Heard(start_s, end_s, text))
             if translation is not None:
-                translated.append({"start_s": start_s, "end_s": end_s, "text": translation})
+                translated.append({"start_s": start_s, "end_s": end_s, "text": translation} | place)
     said = stitch(windows)
-    if first is not None and not said.segments:
-        raise first
-    fields: dict[str, Any] = {
-        "status": "ok" if said.segments else "empty",
-        "text": said.text,
-        "segments": [vars(segment) for segment in said.segments],
-        "structured": json.dumps(translated, ensure_ascii=False) if translated else None,
-    }
-    if row["error_message"] is not None:  # the end of the sound is missing (operators/prepared.py)
-        first = first or MediaError("decode.corrupt", row["error_message"])
-    if first is not None:
-        messages = [text for text in (said.gap_message(), row["error_message"]) if text]
-        fields |= {"status": "failed", **failure(MediaError(first.code, "; ".join(messages)))}
+    fields = with_gaps(row, first, said.segments, said.gap_message("transcribed"))
+    fields["text"] = said.text
+    fields["segments"] = [vars(segment) | place for segment in said.segments]
+    fields["structured"] = json.dumps(translated, ensure_ascii=False) if translated else None
     return fields
+
+
+def captions(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """status, text (a line a segment) and segments of a span of a video from its windows.
+
+    Gaps as in `transcript`.
+    """
+    told, gaps, first = [], [], None
+    times = zip(row["window_start_s"] or (), row["window_end_s"] or (), strict=True)
+    for answer, (start_s, end_s) in zip(answers, times, strict=True):
+        try:
+            check(answer)
+        except MediaError as error:
+            first = first or error
+            gaps.append(Heard(start_s, end_s, None, error.code))
+        else:
+            if text := answer["text"].strip():
+                told.append(Segment(start_s, end_s, text))
+    fields = with_gaps(row, first, told, stitch(gaps).gap_message("described"))
+    fields["text"] = "\n".join(segment.text for segment in told)
+    fields["segments"] = [vars(segment) for segment in told]
+    return fields
+
+
+def with_gaps(
+    row: Mapping[str, Any],
+    first: MediaError | None,
+    segments: Sequence[Segment],
+    gaps: str | None,
+) -> dict[str, Any]:
+    """status and error of a span some of whose windows failed, the first of them with `first`."""
+    if first is not None and not segments:
+        raise first
+    if row["error_message"] is not None:  # a part of the media is missing (operators/prepared.py)
+        first = first or MediaError("decode.corrupt", row["error_message"])
+    if first is None:
+        return {"status": "ok" if segments else "empty"}
+    messages = [text for text in (gaps, row["error_message"]) if text]
+    return {"status": "failed", **failure(MediaError(first.code, "; ".join(messages)))}
 
 
 def sealed(code: str | None, version: str | None) -> bool:

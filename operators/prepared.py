@@ -5,9 +5,10 @@ A failed row keeps what was known and has null lists; a row without windows has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +81,18 @@ def prepared_table(plan: pa.Table, rows: Sequence[Row]) -> pa.Table:
             offsets, values, type=PREPARED.field(name).type, mask=nulls
         )
     return pa.Table.from_arrays([*plan.columns, *columns.values()], schema=PREPARED)
+
+
+def check_division(asked: Mapping[str, Any], spans: int) -> None:
+    """Raise MediaError fetch.changed where the plan divided a track into other spans than `spans`.
+
+    A plan that could not read the file has a span without a start.
+    """
+    if asked["span_start_s"] is None or asked["track_count"] != spans:
+        raise MediaError(
+            "fetch.changed",
+            f"the plan has {asked['track_count']} spans of this track, now the file gives {spans}",
+        )
 
 
 def _times(row: Row, name: str) -> list[float] | None:

@@ -16,7 +16,15 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SEGMENT = pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())])
+SEGMENT = pa.struct(
+    [
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("text", pa.string()),
+        # with audio.channel: each, the channel that it was said on, from 0; else null
+        ("channel", pa.int32()),
+    ]
+)
 
 FOUND = pa.schema(
     [
@@ -40,8 +48,15 @@ FOUND = pa.schema(
 )
 
 SPAN = [
+    # among all spans of the asset
     ("span_index", pa.int32()),
     ("span_count", pa.int32()),
+    # how many spans each track has, as in 2+3
+    ("division", pa.string()),
+    # what of the asset the span is about (operators/tracks.py), and its place among the track's
+    ("track", pa.string()),
+    ("track_index", pa.int32()),
+    ("track_count", pa.int32()),
     # nominal; the cut lies in the best pause nearby
     ("span_start_s", pa.float64()),
     ("span_end_s", pa.float64()),
@@ -51,7 +66,7 @@ DIVIDED = pa.schema([("asset_id", pa.string()), *SPAN])
 
 PLAN = pa.schema(
     [
-        # asset_id-index-count: another division is another span
+        # asset_id-index-division: another division is another span
         ("span_id", pa.string()),
         *SPAN,
         *FOUND,
@@ -153,6 +168,9 @@ RESULTS = pa.schema(
         ("text", pa.string()),
         ("language", pa.string()),
         ("segments", pa.list_(SEGMENT)),
+        # a video's sound; of a recording, text and segments are that
+        ("transcript", pa.string()),
+        ("transcript_segments", pa.list_(SEGMENT)),
         ("structured", pa.string()),
         ("width_px", pa.int32()),
         ("height_px", pa.int32()),
@@ -176,6 +194,7 @@ FAILED = pa.schema(
         ("asset_id", pa.string()),
         ("uri", pa.string()),
         ("source_id", pa.string()),
+        ("track", pa.string()),
         ("span_index", pa.int32()),
         ("span_start_s", pa.float64()),
         ("span_end_s", pa.float64()),

@@ -95,7 +95,9 @@ class AudioSettings(Settings):
         description="at most so many seconds a request; the 12B takes 30 but understands speech only"
         " in its first few hundred tokens (25 a second)",
     )
-    channel: Literal["mix", "left", "right"] = "mix"
+    channel: Literal["mix", "left", "right", "each"] = Field(
+        "mix", description="each: every channel is a transcript of its own, as in recorded calls"
+    )
     language: str | None = Field(
         None, description="as in English; None: the model is told that it is the original language"
     )
@@ -110,11 +112,76 @@ class AudioSettings(Settings):
         0.5, gt=0, lt=1, description="voice activity above it is speech; Silero's own default"
     )
     span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 300.0
-    # a day of 16-bit stereo at 44.1 kHz is 15 GB
-    max_file_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 16 << 30
-    max_cache_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 32 << 30
     max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 2 << 30
     timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
+
+
+class VideoSettings(Settings):
+    """From bytes to segments, each a few frames with their times."""
+
+    segment: Literal["shots", "fixed", "whole"] = Field(
+        "shots",
+        description="shots: cut where the picture changes, then merged and split to min_s and max_s;"
+        " fixed: every max_s; whole: one segment, however long, so an hour is max_frames pictures",
+    )
+    min_s: float = Field(
+        4.0,
+        gt=0,
+        le=60,
+        description="a shorter shot joins its neighbour: a cut film has one each 3 to 5 s, and a"
+        " caption each costs more than it says",
+    )
+    max_s: float = Field(
+        30.0,
+        ge=1,
+        le=60,
+        description="a longer shot is split; at fps 1 each second of 30 is seen. The 12B takes 60",
+    )
+    fps: float = Field(
+        1.0,
+        gt=0,
+        le=30,
+        description="frames a second; 1 is what the 12B was made for, more only for quick motion",
+    )
+    max_frames: int = Field(
+        32,
+        ge=1,
+        le=32,
+        description="of a segment; where fps gives more, they lie further apart. 32 is vLLM's most,"
+        " and 2,500 tokens at 70",
+    )
+    exact_times: bool = Field(
+        True,
+        description="false: the key frames nearest to the times asked for, at a third of the CPU",
+    )
+    max_soft_tokens: Literal[70, 140, 280] = Field(
+        70,
+        description="visual tokens a frame; 140 and 280 read small text and need model.max_model_len"
+        " of 8192 and 16384 at 32 frames",
+    )
+    stamps: Literal["source", "segment"] = Field(
+        "source",
+        description="times before the frames count from the start of the file, or of the segment",
+    )
+    transcribe: bool = Field(
+        False, description="also transcribe the sound track, as the section audio says"
+    )
+    summary: bool = Field(
+        False,
+        description="one caption for the whole video from its segments' captions and transcript, by a"
+        " second, text-only request",
+    )
+    # fps 1 at 70 tokens: 120 frames, 58 MB of patches in a row; 300 s would be 145 MB
+    span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 120.0
+    max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 4 << 30
+    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
+
+    @model_validator(mode="after")
+    def _lengths(self) -> VideoSettings:
+        # a stretch just over max_s is split into halves, and these must not be too short again
+        if self.segment == "shots" and 2 * self.min_s > self.max_s:
+            raise ValueError(f"min_s: {self.min_s:g} is more than half of max_s, {self.max_s:g}")
+        return self
 
 
 class SamplingSettings(Settings):
@@ -137,7 +204,11 @@ class SamplingSettings(Settings):
 class FetchSettings(Settings):
     """How bytes come from the store. Nothing here changes an answer."""
 
+    # of an image, which is read into memory
     max_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 256 << 20
+    # of sound and video, which come onto the node's disk; a day of 16-bit stereo at 44.1 kHz is 15 GB
+    max_file_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 16 << 30
+    max_cache_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 32 << 30
     timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 60.0
     attempts: Annotated[int, Field(ge=1, le=20, json_schema_extra=LIMIT)] = 4
     concurrency: Annotated[int, Field(ge=1, le=256, json_schema_extra=LIMIT)] = 8

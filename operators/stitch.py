@@ -47,8 +47,8 @@ class Transcript:
     segments: list[Segment] = field(default_factory=list)
     gaps: list[Heard] = field(default_factory=list)
 
-    def gap_message(self) -> str | None:
-        """For people: where the transcript has holes and why. None without any."""
+    def gap_message(self, done: str) -> str | None:
+        """For people: where something was not `done`, and why. None without any gap."""
         if not self.gaps:
             return None
         named = [
@@ -56,7 +56,7 @@ class Transcript:
             for gap in self.gaps[:NAMED_GAPS]
         ]
         more = len(self.gaps) - len(named)
-        return "not transcribed: " + ", ".join(named) + (f" and {more} more" if more else "")
+        return f"not {done}: " + ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def stitch(windows: Iterable[Heard]) -> Transcript:

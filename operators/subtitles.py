@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from operators.stitch import Segment
+from operators.stitch import Segment, plain
 
 # What broadcasters and Netflix's guide agree on.
 LINE_WIDTH = 42
@@ -62,6 +62,11 @@ def webvtt(cues: Sequence[Cue]) -> str:
         text = "\n".join(cue.lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         blocks.append(f"{_time(cue.start_s, '.')} --> {_time(cue.end_s, '.')}\n{text}\n")
     return "\n".join(blocks)
+
+
+def chapters(captions: Sequence[Segment]) -> str:
+    """A WebVTT file of kind chapters: a cue a segment, its whole caption in one line."""
+    return webvtt([Cue(one.start_s, one.end_s, (plain(one.text),)) for one in captions])
 
 
 def srt(cues: Sequence[Cue]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,7 +24,8 @@ import pyarrow.parquet as pq
 
 from operators.schema import FAILED, RESULTS
 from operators.stitch import Segment, join
-from operators.subtitles import cues, srt, webvtt
+from operators.subtitles import chapters, cues, srt, webvtt
+from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.config import Job
 from pipeline.parts import Part, parquet_bytes, part
@@ -35,6 +38,8 @@ SUBTITLES_FOLDER = "subtitles"
 ROWS_A_PART = 65_536
 # Two small objects an asset; a store takes some milliseconds for each.
 SUBTITLE_THREADS = 16
+# Spans of sound, by their track.
+HEARD = f"track NOT IN ('{IMAGE}', '{FRAMES}', '{SUMMARY}')"
 
 
 class LostSpansError(Exception):
@@ -87,7 +92,7 @@ def assemble(
     base = [Part(**entry) for entry in marker["files"]] if marker else []
     runs = list(marker["runs"]) if marker else []
     _load_base(db, store, base)
-    db.create_function("joined", join, ["VARCHAR[]"], "VARCHAR")
+    db.create_function("joined", _joined, ["VARCHAR[]", "VARCHAR[]"], "VARCHAR")
     db.create_function("merged", _merged, ["VARCHAR[]"], "VARCHAR")
     db.execute(
         """CREATE OR REPLACE TABLE touched AS
@@ -119,7 +124,7 @@ def assemble(
             "prompt": job.prompt_name,
         },
     )
-    if job.modality == "audio" and job.output.subtitles:
+    if job.modality != "image" and job.output.subtitles:
         write_subtitles(store, [item.name for item in parts if plan.run_id in item.name])
     parts += _write(db, store, FAILURES_FOLDER, plan.run_id, _failures_query(), FAILED, {})
     return Assembly(
@@ -197,30 +202,54 @@ def _put(store: Store, name: str, table: pa.Table) -> Part:
     return part(name, table, data)
 
 
+def _joined(texts: list[str], tracks: list[str]) -> str:
+    """The texts of an asset's spans, in order: a line a track, and a video's captions a line each."""
+    lines = []
+    for track, pieces in groupby(zip(tracks, texts, strict=True), key=itemgetter(0)):
+        said = [text for _, text in pieces if text]
+        lines.append("\n".join(said) if track == FRAMES else join(said))
+    return "\n".join(line for line in lines if line)
+
+
 def _merged(lists: list[str]) -> str:
     """JSON lists of an asset's spans as one."""
     return json.dumps([item for text in lists for item in json.loads(text)], ensure_ascii=False)
 
 
 def write_subtitles(store: Store, names: list[str]) -> None:
-    """.vtt and .srt of every asset in these parts of results that says something."""
+    """.vtt and .srt of every asset in these parts of results that says something, a pair a channel;
+    for a video also its captions as chapters."""
     with ThreadPoolExecutor(SUBTITLE_THREADS) as pool:
         for name in names:
             if not name.startswith(RESULTS_FOLDER):
                 continue
-            rows = read_part(store, name, ["asset_id", "uri", "segments"]).to_pylist()
+            columns = ["asset_id", "uri", "modality", "segments", "transcript_segments"]
+            rows = read_part(store, name, columns).to_pylist()
             for _ in pool.map(partial(_subtitles, store), rows):
                 pass
 
 
 def _subtitles(store: Store, row: dict[str, Any]) -> None:
-    if not row["segments"]:
-        return
-    made = cues([Segment(**segment) for segment in row["segments"]])
     stem = re.sub(r"[^\w.-]", "_", PurePosixPath(row["uri"]).stem)[:80]
     name = f"{SUBTITLES_FOLDER}/{stem}-{row['asset_id'][:12]}"
-    store.write(f"{name}.vtt", webvtt(made).encode())
-    store.write(f"{name}.srt", srt(made).encode())
+    spoken = row["segments"]
+    if row["modality"] == "video":
+        spoken = row["transcript_segments"]
+        if row["segments"]:
+            captions = [_segment(segment) for segment in row["segments"]]
+            store.write(f"{name}.chapters.vtt", chapters(captions).encode())
+    channels: dict[int | None, list[Segment]] = {}
+    for segment in spoken or ():
+        channels.setdefault(segment["channel"], []).append(_segment(segment))
+    for channel, segments in channels.items():
+        made = cues(segments)
+        whole = name if channel is None else f"{name}.c{channel}"
+        store.write(f"{whole}.vtt", webvtt(made).encode())
+        store.write(f"{whole}.srt", srt(made).encode())
+
+
+def _segment(row: dict[str, Any]) -> Segment:
+    return Segment(row["start_s"], row["end_s"], row["text"])
 
 
 def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -238,14 +267,17 @@ def _results_query() -> str:
              WHEN bool_or(status = 'failed') THEN 'partial'
              WHEN bool_and(status = 'empty') THEN 'empty' ELSE 'ok' END AS status,
         CASE WHEN count(*) = 1 THEN any_value(text)
-             ELSE joined(list(text ORDER BY span_index) FILTER (text IS NOT NULL)) END AS text,
+             ELSE coalesce(nullif(any_value(text) FILTER (track = '{SUMMARY}'), ''), {_text("told")})
+        END AS text,
         any_value(language) AS language,
-        flatten(list(segments ORDER BY span_index) FILTER (segments IS NOT NULL)) AS segments,
+        {_segments("told")} AS segments,
+        {_text("modality = 'video' AND heard")} AS transcript,
+        {_segments("modality = 'video' AND heard")} AS transcript_segments,
         CASE WHEN count(*) = 1 THEN any_value(structured)
              ELSE merged(list(structured ORDER BY span_index) FILTER (structured IS NOT NULL))
         END AS structured,
         any_value(width_px) AS width_px, any_value(height_px) AS height_px,
-        any_value(duration_s) AS duration_s,
+        max(duration_s) AS duration_s,
         $model AS model, $revision AS model_revision, $prompt AS prompt_name,
         arg_max(finish_reason, span_index) AS finish_reason,
         sum(prompt_tokens)::BIGINT AS prompt_tokens, sum(media_tokens)::BIGINT AS media_tokens,
@@ -254,8 +286,21 @@ def _results_query() -> str:
         arg_min(error_stage, span_index) AS error_stage,
         string_agg(error_message, '; ' ORDER BY span_index) AS error_message,
         max(attempts) AS attempts, max(run_id) AS run_id
-    FROM {ledger.spans_of("touched")} JOIN touched USING (asset_id)
+    FROM (SELECT *, {HEARD} AS heard, modality != 'video' OR track = '{FRAMES}' AS told
+          FROM {ledger.spans_of("touched")}) JOIN touched USING (asset_id)
     GROUP BY asset_id ORDER BY min(place)"""
+
+
+def _text(which: str) -> str:
+    """The texts of the spans for which `which` holds as one; null where there is none."""
+    return f"""joined(list(text ORDER BY span_index) FILTER ({which} AND text IS NOT NULL),
+                    list(track ORDER BY span_index) FILTER ({which} AND text IS NOT NULL))"""
+
+
+def _segments(which: str) -> str:
+    """Their segments in the order of time: channels of one sound lie side by side."""
+    return f"""list_sort(flatten(list(segments ORDER BY span_index)
+                               FILTER ({which} AND segments IS NOT NULL)))"""
 
 
 def _failures_query() -> str:

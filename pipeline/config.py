@@ -28,6 +28,7 @@ from operators.settings import (
     Settings,
 )
 from operators.stores import redact
+from operators.tracks import Kind
 
 # Raised whenever our own code changes what an answer means: a new resize, another prompt form.
 SEMANTICS_VERSION = 1
@@ -36,7 +37,8 @@ SEMANTICS_VERSION = 1
 DEFAULT_PRESET = {"caption": "caption-dense"}
 
 # What a task is done to.
-MODALITY = {"caption": "image", "custom": "image", "transcribe": "audio"}
+Modality = Literal["image", "audio"]
+MODALITY: dict[str, Modality] = {"caption": "image", "custom": "image", "transcribe": "audio"}
 
 SECRET_NAME = re.compile(
     r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
@@ -183,8 +185,8 @@ class Job(Settings):
         return self
 
     @property
-    def modality(self) -> str:
-        """image or audio."""
+    def modality(self) -> Modality:
+        """What an asset is: image or audio."""
         return MODALITY[self.task]
 
     @property
@@ -205,7 +207,7 @@ class Job(Settings):
 
     @property
     def instruction(self) -> Preset:
-        """The resolved instruction."""
+        """The resolved instruction of the task itself."""
         if self.modality == "audio" and self.prompt.text is None:
             if self.prompt.preset is not None:
                 raise ValueError("prompt.preset: task transcribe has none; see the section audio")
@@ -214,8 +216,15 @@ class Job(Settings):
 
     @property
     def answer_tokens(self) -> int:
-        """How long an answer may get."""
+        """How long an answer of the task itself may get."""
         return self.sampling.max_tokens or self.instruction.max_tokens
+
+    @property
+    def instructions(self) -> dict[Kind, Preset]:
+        """What the model is asked, by what it is given; the task itself first."""
+        own = Preset(self.instruction.text, self.answer_tokens)
+        asked: dict[Kind, Preset] = {self.modality: own}
+        return asked
 
     @property
     def fingerprint(self) -> str:
@@ -223,9 +232,10 @@ class Job(Settings):
         asked: dict[str, Any] = {
             name: _asked(getattr(self, name)) for name in ("model", self.modality, "sampling")
         }
-        # The resolved prompt, so that a default and its name are the same question.
-        asked["prompt"] = [self.instruction.text, self.prompt_name]
-        asked["sampling"]["max_tokens"] = self.answer_tokens
+        # The resolved prompts, so that a default and its name are the same question.
+        asked["prompt"] = {kind: vars(preset) for kind, preset in self.instructions.items()}
+        asked["prompt_name"] = self.prompt_name
+        del asked["sampling"]["max_tokens"]
         asked |= {"task": self.task, "semantics": SEMANTICS_VERSION}
         text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,22 +1,25 @@
-"""Recordings to spans: every unfinished one is probed on the cluster, the spans come back to the plan.
+"""Recordings and videos to spans: every unfinished one is probed on the cluster.
 
-Nothing is decoded; a remote file is read into its node's cache, where the media stage may find it.
+The spans come back to the plan. Nothing is decoded; a remote file is read into its node's cache, where
+the media stage may find it.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import ray.data
 
-from operators.divide import DivideAudio
+from operators.divide import Divide, speech_tracks
 from operators.fetch import Fetch
 from operators.local_files import LocalFiles
 from operators.schema import DIVIDED, FOUND
+from operators.tracks import sound_tracks
 from pipeline.cluster import Connect
 from pipeline.config import Job
 
@@ -31,12 +34,18 @@ def local_files(job: Job) -> LocalFiles:
         Fetch(job.fetch, job.input.storage_options),
         job.input.storage_options,
         str(Path(tempfile.gettempdir()) / f"polyscribe-files-{os.getuid()}"),
-        max_file_bytes=job.audio.max_file_bytes,
-        max_bytes=job.audio.max_cache_bytes,
+        max_file_bytes=job.fetch.max_file_bytes,
+        max_bytes=job.fetch.max_cache_bytes,
     )
 
 
-def divide_audio(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
+def divider(job: Job) -> Divide:
+    """How this job's files are divided."""
+    unread = sound_tracks(1, job.audio)[0]
+    return Divide(local_files(job), partial(speech_tracks, audio=job.audio), unread)
+
+
+def divide_files(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
     """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do."""
     db.register("nothing", DIVIDED.empty_table())
     db.execute("CREATE TABLE divided AS SELECT * FROM nothing")
@@ -47,7 +56,7 @@ def divide_audio(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> N
         return
     connect()
     probed = ray.data.from_arrow(blocks).map_batches(
-        DivideAudio(local_files(job), job.audio),
+        divider(job),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=PROBE_CPUS,

@@ -24,8 +24,8 @@ from pipeline.references import EvaluateError, Reference, References, Row, match
 from pipeline.source_rows import LISTING_FAULTS, refusal
 from pipeline.store import Store
 
-COLUMNS = ["asset_id", "uri", "source_id", "status", "text", "language", "error_code"]
-COLUMNS += ["prompt_name", "output_tokens", "media_tokens"]
+COLUMNS = ["asset_id", "uri", "source_id", "status", "modality", "text", "transcript", "language"]
+COLUMNS += ["error_code", "prompt_name", "output_tokens", "media_tokens"]
 FINISHED = ("ok", "empty")
 RESAMPLES = 2000
 MIN_ASSETS = 10  # an interval from fewer would promise what it cannot know
@@ -44,7 +44,9 @@ class Output:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for name in self.parts:
-            yield from read_part(self.folder, name, COLUMNS).to_pylist()
+            for row in read_part(self.folder, name, COLUMNS).to_pylist():
+                spoken = row.pop("transcript")
+                yield row | {"text": spoken} if row["modality"] == "video" else row
 
     def settings(self) -> dict[str, str]:
         """run.json's resolved job and versions: section.field -> value as JSON."""

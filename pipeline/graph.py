@@ -18,7 +18,7 @@ do so once. Nothing between plan and sink multiplies or drops a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import ray.actor
@@ -28,10 +28,12 @@ from operators.engine import Engine, EngineOptions
 from operators.fetch import Fetch
 from operators.generate import Generate
 from operators.media import Media
-from operators.media_audio import AudioMedia
+from operators.media_audio import PrepareSpeech
+from operators.media_files import FileMedia
 from operators.parse import Parse
-from operators.prompt import Prompt
+from operators.prompt import Prompt, load_prompt
 from operators.requests import TextEngine
+from operators.tracks import Kind
 from pipeline.compute import Compute
 from pipeline.config import Job
 from pipeline.divide import local_files
@@ -48,7 +50,7 @@ def way(
     job: Job,
     store: Store,
     plan_parts: tuple[str, ...],
-    prompt: Prompt,
+    prompts: Mapping[Kind, Prompt],
     engine: Callable[[], TextEngine],
     run_id: str,
     compute: Compute,
@@ -61,7 +63,7 @@ def way(
     return (
         plan.repartition(target_num_rows_per_block=compute.rows_per_block)
         .map_batches(
-            media_stage(job, prompt),
+            media_stage(job, prompts),
             batch_size=compute.rows_per_block,
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=compute.media_workers),
@@ -71,7 +73,7 @@ def way(
             Generate,
             fn_constructor_kwargs={
                 "engine": engine,
-                "prompt": prompt,
+                "prompts": prompts,
                 "image": job.image,
                 "strikes": partial(ActorStrikes, book),
                 "report": reporter.usage,
@@ -96,17 +98,25 @@ def way(
     )
 
 
-def media_stage(job: Job, prompt: Prompt) -> Media | AudioMedia:
+def media_stage(job: Job, prompts: Mapping[Kind, Prompt]) -> Media | FileMedia:
     """Fetch, decode and prepare of the job's modality."""
-    if job.modality == "audio":
-        return AudioMedia(local_files(job), job.audio, prompt)
-    return Media(
-        Fetch(job.fetch, job.input.storage_options),
-        job.image,
-        prompt,
-        render=job.model.render,
-        concurrency=job.fetch.concurrency,
-    )
+    if job.modality == "image":
+        return Media(
+            Fetch(job.fetch, job.input.storage_options),
+            job.image,
+            prompts["image"],
+            render=job.model.render,
+            concurrency=job.fetch.concurrency,
+        )
+    return FileMedia(local_files(job), {"audio": PrepareSpeech(job.audio, prompts["audio"])})
+
+
+def load_prompts(job: Job) -> dict[Kind, Prompt]:
+    """The job's instructions in the checkpoint's own form. Reads its tokenizer."""
+    return {
+        kind: load_prompt(job.model, job.prompt, kind, asked.text, asked.max_tokens)
+        for kind, asked in job.instructions.items()
+    }
 
 
 def vllm_engine(job: Job) -> Callable[[], TextEngine]:

@@ -35,7 +35,7 @@ ONE_STATE = """
 # How an asset is divided into spans may change between runs (audio.span_s is no part of the question).
 # Its id holds the division, and of several divisions the one that is whole counts, then the newer.
 ONE_DIVISION = """
-    SELECT asset_id, span_count FROM states GROUP BY asset_id, span_count
+    SELECT asset_id, division FROM states GROUP BY asset_id, division, span_count
     QUALIFY row_number() OVER (
         PARTITION BY asset_id
         ORDER BY count(*) = span_count DESC, max(finished_at) DESC
@@ -108,12 +108,12 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     db.register("ledger_parts", parts)
     db.execute(
         f"""CREATE OR REPLACE TABLE states AS
-        SELECT span_id, asset_id, span_count, status, sealed, run_id, finished_at
+        SELECT span_id, asset_id, division, span_count, track, status, sealed, run_id, finished_at
         FROM ledger_parts {ONE_STATE}"""
     )
     db.execute(
         f"""CREATE OR REPLACE TABLE ledger AS
-        SELECT states.* FROM states SEMI JOIN ({ONE_DIVISION}) USING (asset_id, span_count)"""
+        SELECT states.* FROM states SEMI JOIN ({ONE_DIVISION}) USING (asset_id, division)"""
     )
 
 

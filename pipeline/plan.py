@@ -23,10 +23,11 @@ import duckdb
 import pyarrow as pa
 
 from operators.schema import FOUND, PLAN
+from operators.tracks import IMAGE
 from pipeline import ledger
 from pipeline.cluster import Connect
 from pipeline.config import Job
-from pipeline.divide import divide_audio
+from pipeline.divide import divide_files
 from pipeline.parts import parquet_bytes
 from pipeline.source import Source
 from pipeline.store import Store
@@ -105,21 +106,21 @@ def make_plan(
     assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")
     ledger.load(db, store)
     db.execute(
-        """CREATE TABLE sealed AS SELECT span_id, asset_id, span_count FROM states
+        """CREATE TABLE sealed AS SELECT span_id, asset_id, division, span_count FROM states
         WHERE sealed AND NOT (status = 'failed' AND $retry_failed)""",
         {"retry_failed": job.limits.retry_failed},
     )
     db.execute(
         """CREATE TABLE finished AS SELECT DISTINCT asset_id, span_count FROM ledger
-        JOIN (SELECT asset_id, span_count, count(*) AS spans FROM sealed GROUP BY ALL)
-        USING (asset_id, span_count) WHERE spans = span_count"""
+        JOIN (SELECT asset_id, division, span_count, count(*) AS spans FROM sealed GROUP BY ALL)
+        USING (asset_id, division, span_count) WHERE spans = span_count"""
     )
     db.execute("CREATE TABLE unfinished AS SELECT * FROM found ANTI JOIN finished USING (asset_id)")
     DIVIDE[job.modality](job, db, connect)
     db.execute(
         """CREATE TABLE todo AS
-        SELECT printf('%s-%05d-%05d', asset_id, span_index, span_count) AS span_id,
-               span_index, span_count, span_start_s, span_end_s, unfinished.*
+        SELECT printf('%s-%05d-%s', asset_id, span_index, division) AS span_id,
+               divided.* EXCLUDE (asset_id), unfinished.*
         FROM unfinished JOIN divided USING (asset_id)
         WHERE span_id NOT IN (SELECT span_id FROM sealed)"""
     )
@@ -155,8 +156,9 @@ def write_plan(db: duckdb.DuckDBPyConnection, store: Store, run_id: str) -> tupl
 def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
     """An image is one span."""
     db.execute(
-        """CREATE TABLE divided AS
-        SELECT asset_id, 0::INTEGER AS span_index, 1::INTEGER AS span_count,
+        f"""CREATE TABLE divided AS
+        SELECT asset_id, 0::INTEGER AS span_index, 1::INTEGER AS span_count, '1' AS division,
+               '{IMAGE}' AS track, 0::INTEGER AS track_index, 1::INTEGER AS track_count,
                NULL::DOUBLE AS span_start_s, NULL::DOUBLE AS span_end_s
         FROM unfinished"""
     )
@@ -165,7 +167,7 @@ def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
 # How the assets of a modality are cut into spans: fills `divided` from `unfinished`.
 DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection, Connect], None]] = {
     "image": one_span,
-    "audio": divide_audio,
+    "audio": divide_files,
 }
 
 

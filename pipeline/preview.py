@@ -11,10 +11,10 @@ from operators.decode_image import probe_image
 from operators.errors import MediaError
 from operators.fetch import Fetch, Ref
 from operators.patchify import tokens
-from operators.prompt import load_prompt
 from pipeline.cluster import cluster
 from pipeline.compute import cluster_nodes, compute
 from pipeline.config import Job
+from pipeline.graph import load_prompts
 from pipeline.plan import make_plan, scratch
 from pipeline.progress import listing
 from pipeline.run import folder_store, new_run_id
@@ -30,9 +30,7 @@ def preview(job: Job, console: Console) -> None:
         console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)
         if not plan.spans_todo:
             return
-        prompt = load_prompt(
-            job.model, job.prompt, job.modality, job.instruction.text, job.answer_tokens
-        )
+        prompt = load_prompts(job)[job.modality]
         text_tokens = len(prompt.head) + len(prompt.tail) + 2
         sizes = _sample_sizes(job, db) if job.modality == "image" else []
         _say_tokens(job, plan.spans_todo, text_tokens, sizes, console)

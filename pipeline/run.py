@@ -24,7 +24,6 @@ import ray.data
 import ray.exceptions
 from rich.console import Console
 
-from operators.prompt import load_prompt
 from operators.requests import TextEngine
 from operators.stores import redact
 from pipeline import ledger
@@ -32,7 +31,7 @@ from pipeline.assemble import Assembly, assemble, reconcile, write_marker
 from pipeline.cluster import cluster
 from pipeline.compute import Compute, cluster_nodes, compute
 from pipeline.config import Job
-from pipeline.graph import SINK_CPUS, vllm_engine, way
+from pipeline.graph import SINK_CPUS, load_prompts, vllm_engine, way
 from pipeline.lease import Lease, LeasedStore
 from pipeline.plan import Plan, make_plan, scratch, write_plan
 from pipeline.progress import Progress, Reporter, listing, open_tally, shown
@@ -113,9 +112,7 @@ def _work(
     console: Console,
     engine: EngineFactory,
 ) -> dict[str, float]:
-    prompt = load_prompt(
-        job.model, job.prompt, job.modality, job.instruction.text, job.answer_tokens
-    )
+    prompts = load_prompts(job)
     shares: Compute = compute(job, cluster_nodes(), plan.spans_todo)
     for reason in (*shares.reasons, *shares.warnings):
         console.print(f"  {reason}", highlight=False)
@@ -125,7 +122,7 @@ def _work(
         job,
         folder,
         parts,
-        prompt,
+        prompts,
         engine(job),
         plan.run_id,
         shares,

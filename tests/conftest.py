@@ -157,6 +157,8 @@ def local_ray() -> Iterator[None]:
     import ray
 
     ray.init(
+        # never a cluster that happens to run on this machine
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

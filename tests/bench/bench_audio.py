@@ -61,7 +61,7 @@ def measure(path: Path, settings: AudioSettings, spans: int) -> dict[str, float]
         probe_audio(str(path), settings)
         probed = cpu_s(resource.RUSAGE_CHILDREN)
         own = time.process_time()
-        tiles = read_tiles(str(path), sound, found, found.span(index), settings)
+        tiles = read_tiles(str(path), sound, found, found.span(index), settings, "mix")
         read = time.process_time() - own
         decoded = cpu_s(resource.RUSAGE_CHILDREN)
         own = time.process_time()

@@ -23,6 +23,7 @@ def row(name: str, columns: int = 2, rows: int = 1, **fields: object) -> dict[st
     patches = np.full((columns * rows, 6912), 100, np.uint8)
     return {
         "span_id": name,
+        "track": "image",
         "asset_id": name,
         "window_tokens": [PROMPT.window(columns * rows)],
         "window_media": [patches.tobytes()],
@@ -38,7 +39,9 @@ def table(*rows: dict[str, object]) -> pa.Table:
 
 
 def generate(engine: EchoEngine, strikes: MemoryStrikes) -> Generate:
-    return Generate(lambda: engine, PROMPT, ImageSettings(), lambda: strikes)
+    return Generate(
+        lambda: engine, {"image": PROMPT, "audio": PROMPT}, ImageSettings(), lambda: strikes
+    )
 
 
 def test_rows_come_back_in_order_and_without_their_payload() -> None:

@@ -15,7 +15,8 @@ from operators.errors import MediaError
 from operators.fetch import FetchError, Ref
 from operators.frames import FRAME_SAMPLES
 from operators.local_files import LocalFile
-from operators.media_audio import AudioMedia
+from operators.media_audio import PrepareSpeech
+from operators.media_files import FileMedia
 from operators.probe import probe_audio
 from operators.prompt import Prompt
 from operators.schema import PAYLOAD, PLAN, PREPARED
@@ -51,7 +52,13 @@ class Files:
         return nullcontext(LocalFile(ref.uri, 1, 0.0))
 
 
-def plan(path: Path, audio: AudioSettings = AUDIO) -> pa.Table:
+def stage(
+    audio: AudioSettings = AUDIO, files: Files | None = None, prompt: Prompt = PROMPT
+) -> FileMedia:
+    return FileMedia(files or Files(), {"audio": PrepareSpeech(audio, prompt)})
+
+
+def plan(path: Path, audio: AudioSettings = AUDIO, track: str = "mix") -> pa.Table:
     try:
         nominal = spans(probe_audio(str(path), audio).duration_s, audio)
     except MediaError:
@@ -60,8 +67,9 @@ def plan(path: Path, audio: AudioSettings = AUDIO) -> pa.Table:
         [
             {
                 "span_id": f"{path.name}-{index}",
-                "span_index": index,
-                "span_count": len(nominal),
+                "track": track,
+                "track_index": index,
+                "track_count": len(nominal),
                 "span_start_s": start_s,
                 "span_end_s": end_s,
                 "fetch_uri": str(path),
@@ -74,7 +82,7 @@ def plan(path: Path, audio: AudioSettings = AUDIO) -> pa.Table:
 
 
 def run(path: Path, audio: AudioSettings = AUDIO, files: Files | None = None) -> list[dict]:
-    table = AudioMedia(files or Files(), audio, PROMPT)(plan(path, audio))
+    table = stage(audio, files)(plan(path, audio))
     assert table.schema == PREPARED
     table.validate(full=True)
     return table.to_pylist()
@@ -172,7 +180,7 @@ def test_bad_files_cost_their_own_rows(tmp_path: Path) -> None:
     gone = tmp_path / "gone.wav"
     table = pa.concat_tables([plan(path) for path in (good, text, short, gone, good)])
     files = Files({str(gone): FetchError("fetch.not_found", "gone", 3)})
-    rows = AudioMedia(files, AUDIO, PROMPT)(table).to_pylist()
+    rows = stage(files=files)(table).to_pylist()
     assert [row["error_code"] for row in rows] == [
         None,
         "decode.unsupported",
@@ -205,17 +213,17 @@ def test_a_file_that_ends_early_keeps_what_it_has(tmp_path: Path) -> None:
 
 def test_a_plan_of_another_file_and_a_prompt_without_room(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", spoken(20).samples)
-    other = plan(path).set_column(1, "span_index", pa.array([3], pa.int32()))
-    other = other.set_column(2, "span_count", pa.array([7], pa.int32()))
-    rows = AudioMedia(Files(), AUDIO, PROMPT)(other).to_pylist()
-    assert rows[0]["error_code"] == "fetch.changed"
+    (row,) = plan(path).to_pylist()
+    for other in ({"track_index": 3, "track_count": 7}, {"span_start_s": None}):
+        table = pa.Table.from_pylist([row | other], schema=PLAN)
+        assert stage()(table).to_pylist()[0]["error_code"] == "fetch.changed"
     tight = Prompt(**{**vars(PROMPT), "max_tokens": 100})
-    rows = AudioMedia(Files(), AUDIO, tight)(plan(path)).to_pylist()
+    rows = stage(prompt=tight)(plan(path)).to_pylist()
     assert rows[0]["error_code"] == "prepare.too_long"
 
 
 def test_no_rows_pickles_and_no_torch(tmp_path: Path) -> None:
-    media = pickle.loads(pickle.dumps(AudioMedia(Files(), AUDIO, PROMPT)))
+    media = pickle.loads(pickle.dumps(stage()))
     assert media(PLAN.empty_table()).equals(PREPARED.empty_table())
 
 

@@ -26,7 +26,7 @@ def answer(text: str, finish_reason: str = "stop", output_tokens: int = 5) -> di
 
 
 def row(**fields: object) -> dict[str, object]:
-    return {"span_id": "a-00000", "asset_id": "a", "uri": "x.jpg", **fields}
+    return {"span_id": "a-00000", "asset_id": "a", "uri": "x.jpg", "track": "image", **fields}
 
 
 def parsed(*rows: dict[str, object], prompt_name: str = "caption-dense") -> list[dict[str, object]]:
@@ -95,11 +95,10 @@ def test_caption_raises_for_a_loop() -> None:
 def spoken(*answers: dict[str, object], **fields: object) -> dict[str, object]:
     starts = [10.0 * number for number in range(len(answers))]
     return row(
-        modality="audio",
+        **{"modality": "audio", "track": "mix", **fields},
         window_answers=list(answers),
         window_start_s=starts,
         window_end_s=[start + 8 for start in starts],
-        **fields,
     )
 
 
@@ -107,10 +106,29 @@ def test_windows_become_one_transcript_with_times() -> None:
     (done,) = parsed(spoken(answer(" one two"), answer("[no speech]"), answer("three")))
     assert (done["status"], done["text"]) == ("ok", "one two three")
     assert done["segments"] == [
-        {"start_s": 0.0, "end_s": 8.0, "text": "one two"},
-        {"start_s": 20.0, "end_s": 28.0, "text": "three"},
+        {"start_s": 0.0, "end_s": 8.0, "text": "one two", "channel": None},
+        {"start_s": 20.0, "end_s": 28.0, "text": "three", "channel": None},
     ]
     assert done["output_tokens"] == 15
+
+
+def test_a_channel_of_its_own_is_named_in_its_segments() -> None:
+    (done,) = parsed(spoken(answer("one"), track="c1"))
+    assert [segment["channel"] for segment in done["segments"]] == [1]
+
+
+def test_captions_of_segments_keep_their_lines_and_a_failed_one_is_a_gap() -> None:
+    answers = (answer("a dog\nruns "), answer("x x x", "repetition"), answer(" a cat"))
+    (done,) = parsed(spoken(*answers, track="frames", modality="video"))
+    assert (done["status"], done["error_code"]) == ("failed", "generate.looped")
+    assert done["error_message"] == "not described: 0:00:10.0-0:00:18.0 generate.looped"
+    assert done["text"] == "a dog\nruns\na cat"
+    assert [(s["start_s"], s["text"]) for s in done["segments"]] == [
+        (0.0, "a dog\nruns"),
+        (20.0, "a cat"),
+    ]
+    (lost,) = parsed(spoken(answer("x", "length"), track="frames"))
+    assert (lost["status"], lost["text"], lost["sealed"]) == ("failed", None, True)
 
 
 def test_a_span_without_speech_is_empty_and_no_window_was_asked() -> None:

@@ -26,7 +26,7 @@ def test_windows_in_any_order_become_one_text() -> None:
         Segment(10.0, 18.0, "two three"),
         Segment(30.0, 40.0, "four"),
     ]
-    assert made.gap_message() is None
+    assert made.gap_message("transcribed") is None
 
 
 @given(st.lists(st.text(alphabet="ab \n\t", max_size=20), max_size=20))
@@ -50,7 +50,7 @@ def test_gaps_are_joined_where_nothing_was_said_between_them() -> None:
         ]
     )
     assert made.text == "one two three"
-    assert made.gap_message() == (
+    assert made.gap_message("transcribed") == (
         "not transcribed: 0:00:10.0-0:00:30.0 generate.looped, 0:00:30.0-0:00:40.0 decode.corrupt,"
         " 1:02:03.4-1:03:20.0 decode.corrupt, 1:03:22.0-1:03:23.0 decode.corrupt"
     )
@@ -58,7 +58,7 @@ def test_gaps_are_joined_where_nothing_was_said_between_them() -> None:
 
 def test_many_gaps_are_counted() -> None:
     windows = [Heard(i, i + 1, None, f"generate.{i}") for i in range(7)]
-    message = stitch(windows).gap_message()
+    message = stitch(windows).gap_message("transcribed")
     assert message is not None
     assert message.endswith("generate.4 and 2 more")
     assert stitch(windows).text == ""
