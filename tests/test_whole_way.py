@@ -76,12 +76,16 @@ def test_the_samples_get_their_captions_from_bucket_to_bucket(nano: Path, s3: S3
     assert 0 <= report["engine"]["waiting_share"] <= 1
 
 
-def write_wav(path: Path, recording: Recording) -> None:
+def write_wav(path: Path, *channels: Recording) -> None:
+    longest = max(len(channel.samples) for channel in channels)
+    sound = np.zeros((longest, len(channels)), np.int16)
+    for index, channel in enumerate(channels):
+        sound[: len(channel.samples), index] = (channel.samples * 32767).astype(np.int16)
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
+        file.setnchannels(len(channels))
         file.setsampwidth(2)
         file.setframerate(16_000)
-        file.writeframes((recording.samples * 32767).astype(np.int16).tobytes())
+        file.writeframes(sound.tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,39 @@ def test_a_recording_gives_its_words_with_their_times_whatever_the_spans(
     subtitles = finished.folder.names("subtitles")
     assert len(subtitles) == 2
     assert finished.folder.read(subtitles[1]).startswith(b"WEBVTT")
+
+
+def test_each_channel_is_a_transcript_of_its_own(nano: Path, bank: Bank, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    sides = [
+        generate_speech.long_recording(bank, np.random.default_rng(seed), 40.0) for seed in (8, 9)
+    ]
+    write_wav(source / "call.wav", *sides)
+    write_wav(source / "alone.wav", sides[0])
+    finished = go(
+        nano,
+        task="transcribe",
+        input={"uri": str(source)},
+        output={"uri": str(tmp_path / "out")},
+        audio={"channel": "each", "span_s": 30},
+    )
+    found = {Path(row["uri"]).name: row for row in rows(finished)}
+    call, alone = found["call.wav"], found["alone.wav"]
+    lines = call["text"].split("\n")
+    for index, side in enumerate(sides):
+        own = [one["text"] for one in call["segments"] if one["channel"] == index]
+        assert " ".join(own) == lines[index]
+        said = generate_speech.answer(side.words, "digits").split()
+        assert words_right(said, lines[index].split()) >= WORDS_RIGHT
+    assert [one["start_s"] for one in call["segments"]] == sorted(
+        one["start_s"] for one in call["segments"]
+    )
+    assert alone["text"] == lines[0]
+    names = finished.folder.names("subtitles")
+    assert sorted(name.split(".", 1)[1] for name in names) == [
+        *("c0.srt", "c0.srt", "c0.vtt", "c0.vtt"),
+        *("c1.srt", "c1.vtt"),
+    ]
+    spans = finished.accounts["spans"]
+    assert spans["planned"] == spans["ok"] + spans["empty"] == 6
