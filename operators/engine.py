@@ -13,17 +13,23 @@ import gc
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from operators.engine_folder import EngineFolder
+from operators.engine_media import engine_media
+from operators.engine_meter import Meter, watch
 from operators.errors import MediaError
-from operators.patchify import positions
-from operators.requests import Answer, ImageRequest, RawImageRequest, Request
+from operators.prepare_video import as_images
+from operators.requests import (
+    Answer,
+    RawImageRequest,
+    Request,
+    TextRequest,
+    VideoRequest,
+)
 from operators.settings import ModelSettings, SamplingSettings
 
 # A looping answer repeats a phrase of up to 32 tokens. From 3 tokens on and 5 times, so that dotted
@@ -33,7 +39,11 @@ REPETITION = {"max_pattern_size": 32, "min_pattern_size": 3, "min_count": 5}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How vLLM is started; see pipeline/config.py for the reasons behind the numbers."""
+    """How vLLM is started; see pipeline/config.py for the reasons behind the numbers.
+
+    `modality` is what an asset is; of a video the engine gets frames and sound. `max_soft_tokens` is
+    of an image or a frame.
+    """
 
     modality: str
     max_soft_tokens: int
@@ -45,6 +55,8 @@ class EngineOptions:
     enforce_eager: bool
     stall_timeout_s: float
     load_format: str
+    # of a video request
+    max_frames: int = 32
 
 
 class Engine:
@@ -60,16 +72,22 @@ class Engine:
         options: EngineOptions,
         die: Callable[[str], None] | None = None,
     ) -> None:
-        self._die = die or end_process
+        self._end = die or end_process
         self._meter = Meter()
         self._closed = threading.Event()
         self._next_id = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
-        self._llm: Any = asyncio.run_coroutine_threadsafe(
-            self._start(model, options), self._loop
-        ).result()
+        self._folder = EngineFolder()
+        try:
+            with self._folder.used():
+                self._llm: Any = asyncio.run_coroutine_threadsafe(
+                    self._start(model, options), self._loop
+                ).result()
+        except BaseException:
+            self._folder.remove()
+            raise
         self._params = _sampling_params(sampling, options.answer_tokens)
         watch(self._meter.silent_s, options.stall_timeout_s, self._die, self._closed)
 
@@ -89,9 +107,11 @@ class Engine:
             return
         self._closed.set()
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(timeout=60)
+        self._folder.remove()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
+        gc.collect()
 
     async def _start(self, model: ModelSettings, options: EngineOptions) -> Any:  # noqa: ANN401
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -101,7 +121,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        limits = {name: int(name == options.modality) for name in ("image", "video", "audio")}
+        limits = media_limits(options)
         args = AsyncEngineArgs(
             model=model.id,
             revision=model.revision,
@@ -118,9 +138,7 @@ class Engine:
             load_format=options.load_format,
             limit_mm_per_prompt=limits,
             mm_processor_kwargs=(
-                {"max_soft_tokens": options.max_soft_tokens}
-                if options.modality == "image"
-                else None
+                {"max_soft_tokens": options.max_soft_tokens} if limits["image"] else None
             ),
             # Every file comes once: caches would only hash and copy.
             enable_prefix_caching=False,
@@ -134,8 +152,30 @@ class Engine:
 
     async def _stop(self) -> None:
         self._llm.shutdown(timeout=30)
+        # vLLM leaves its ZeroMQ context open, whether the engine lives or has died: the garbage
+        # collector would close it at a time of its own, with a warning. It ends when its sockets are
+        # closed, which a dead engine's own clean-up may not have come to yet.
+        resources = self._llm.engine_core.resources
+        for socket in (resources.input_socket, resources.output_socket):
+            socket.close(linger=0)
+        resources.ctx.term()
+        # Its tasks hold it. At interpreter exit its own clean-up would find modules gone.
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._llm = None
-        gc.collect()  # its own clean-up at interpreter exit would find modules gone
+
+    def _die(self, reason: str) -> None:
+        self._folder.remove()
+        self._end(reason)
+
+    def _params_for(self, request: Request) -> Any:  # noqa: ANN401
+        if request.max_tokens in (None, self._params.max_tokens):
+            return self._params
+        params = self._params.clone()
+        params.max_tokens = request.max_tokens
+        return params
 
     async def _generate(self, request: Request, engine_input: object) -> Answer:
         from vllm.exceptions import VLLMClientError
@@ -147,7 +187,7 @@ class Engine:
             try:
                 async for output in self._llm.generate(
                     engine_input,
-                    self._params,
+                    self._params_for(request),
                     str(self._next_id),
                     lora_request=self._lora,
                 ):
@@ -162,93 +202,13 @@ class Engine:
             raise MediaError("generate.rejected", "the engine gave no answer")
         completion = final.outputs[0]
         prompt_ids = final.prompt_token_ids or []
-        media_tokens = None
-        if not isinstance(request, RawImageRequest):
-            media_tokens = request.placeholder[1]
-        elif request.media_id is not None:
-            media_tokens = prompt_ids.count(request.media_id)
         return Answer(
             text=completion.text,
             finish_reason=completion.finish_reason,
             prompt_tokens=len(prompt_ids),
-            media_tokens=media_tokens,
+            media_tokens=_media_tokens(request, prompt_ids),
             output_tokens=len(completion.token_ids),
         )
-
-
-def watch(
-    silent_s: Callable[[], float],
-    limit_s: float,
-    die: Callable[[str], None],
-    closed: threading.Event,
-) -> None:
-    """Call `die` once when `silent_s` passes the limit; a thread looks until `closed` is set."""
-
-    def look() -> None:
-        while not closed.wait(min(5.0, limit_s / 4)):
-            silent = silent_s()
-            if silent > limit_s:
-                die(f"no token for {silent:.0f} s (engine.stall_timeout_s is {limit_s:g})")
-                return
-
-    threading.Thread(target=look, name="engine-watchdog", daemon=True).start()
-
-
-class Meter:
-    """When the last token came, and how long the engine had nothing to do."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ready_at = self._changed_at = self._token_at = time.monotonic()
-        self._open = 0
-        self._idle_s = 0.0
-        self._open_s = 0.0
-
-    def ready(self) -> None:
-        with self._lock:
-            self._ready_at = self._changed_at = self._token_at = time.monotonic()
-
-    def open(self) -> Meter:
-        return self
-
-    def __enter__(self) -> None:
-        self._change(1)
-
-    def __exit__(self, *exc: object) -> None:
-        self._change(-1)
-
-    def token(self) -> None:
-        with self._lock:
-            self._token_at = time.monotonic()
-
-    def silent_s(self) -> float:
-        """Seconds without a token while a request is open; 0 where none is."""
-        with self._lock:
-            return time.monotonic() - self._token_at if self._open else 0.0
-
-    def usage(self) -> dict[str, float]:
-        with self._lock:
-            self._settle()
-            return {
-                "engine_s": self._changed_at - self._ready_at,
-                "idle_s": self._idle_s,
-                "open_s": self._open_s,
-            }
-
-    def _change(self, by: int) -> None:
-        with self._lock:
-            self._settle()
-            if self._open == 0:
-                self._token_at = self._changed_at
-            self._open += by
-
-    def _settle(self) -> None:
-        now = time.monotonic()
-        passed = now - self._changed_at
-        self._open_s += passed * self._open
-        if self._open == 0:
-            self._idle_s += passed
-        self._changed_at = now
 
 
 def end_process(reason: str) -> None:
@@ -257,14 +217,26 @@ def end_process(reason: str) -> None:
     os._exit(1)
 
 
-def pixel_values(patches: np.ndarray) -> Any:  # noqa: ANN401
-    """bf16 tensor [n, 6912] of patches / 255, from uint8 [n, 6912].
+def media_limits(options: EngineOptions) -> dict[str, int]:
+    """How much of each medium a request may hold. What a job does not use would only cost memory.
 
-    In float32 first, as transformers rescales, then rounded to bf16, as vLLM casts.
+    With video allowed, vLLM wants max_num_batched_tokens of at least 2496 (32 frames of 78 tokens).
     """
-    import torch
+    limits = {"image": 0, "video": 0, "audio": 0}
+    if options.modality != "video":
+        return limits | {options.modality: 1}
+    limits["audio"] = 1
+    if as_images(options.max_soft_tokens):
+        return limits | {"image": options.max_frames}
+    return limits | {"video": 1}
 
-    return torch.from_numpy(patches.astype(np.float32)).mul_(1 / 255).to(torch.bfloat16)
+
+def _media_tokens(request: Request, prompt_ids: list[int]) -> int | None:
+    if isinstance(request, TextRequest):
+        return 0
+    if isinstance(request, (VideoRequest, RawImageRequest)):
+        return None if request.media_id is None else prompt_ids.count(request.media_id)
+    return request.placeholder[1]
 
 
 def _engine_input(request: Request) -> Any:  # noqa: ANN401
@@ -275,34 +247,27 @@ def _engine_input(request: Request) -> Any:  # noqa: ANN401
             "prompt": request.prompt,
             "multi_modal_data": {"image": Image.fromarray(request.pixels)},
         }
-    import torch
-    from vllm.inputs.engine import mm_input
+    from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import (
         MultiModalFieldConfig,
         MultiModalKwargsItems,
         PlaceholderRange,
     )
 
-    if isinstance(request, ImageRequest):
-        modality = "image"
-        grid = torch.from_numpy(positions(request.columns, request.rows))
-        fields = {"pixel_values": pixel_values(request.patches), "pixel_position_ids": grid}
-    else:
-        modality = "audio"
-        # a copy: the object store's memory is read-only, and torch warns of that
-        frames = torch.from_numpy(request.frames.copy())
-        valid = torch.ones(len(frames), dtype=torch.bool)
-        fields = {"input_features_padded": frames, "input_features_mask": valid}
-    items = MultiModalKwargsItems.from_hf_inputs(
-        {name: field[None] for name, field in fields.items()},
-        {name: MultiModalFieldConfig.batched(modality) for name in fields},
-    )
-    offset, length = request.placeholder
+    if isinstance(request, TextRequest):
+        return tokens_input(request.token_ids)
+    media = engine_media(request)
+    fields = dict.fromkeys(media.tensors, MultiModalFieldConfig.batched(media.modality))
+    if media.frame_counts is not None:
+        counts = media.tensors[media.frame_counts]
+        by_frame = MultiModalFieldConfig.flat_from_sizes(media.modality, counts)
+        fields = dict.fromkeys(media.tensors, by_frame)
+        fields[media.frame_counts] = MultiModalFieldConfig.batched(media.modality, keep_on_cpu=True)
     return mm_input(
         request.token_ids,
-        items,
-        {modality: [request.media_hash]},
-        {modality: [PlaceholderRange(offset=offset, length=length)]},
+        MultiModalKwargsItems.from_hf_inputs(media.tensors, fields),
+        {media.modality: media.hashes},
+        {media.modality: [PlaceholderRange(*place) for place in media.places]},
     )
 
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from operators.decode_image import decode_image
 from operators.errors import MediaError
-from operators.prompt import Prompt
+from operators.prepare_video import unpack_video
+from operators.prompts import Prompts
 from operators.requests import (
     Answer,
     AudioRequest,
@@ -29,6 +30,8 @@ from operators.requests import (
     RawImageRequest,
     Request,
     TextEngine,
+    TextRequest,
+    VideoRequest,
 )
 from operators.retry import halves, joined, went_wrong
 from operators.schema import ANSWERS, PREPARED
@@ -55,12 +58,14 @@ class Generate:
     def __init__(
         self,
         engine: Callable[[], TextEngine],
-        prompts: Mapping[Kind, Prompt],
+        prompts: Prompts,
+        answer_tokens: Mapping[Kind, int],
         image: ImageSettings,
         strikes: Callable[[], Strikes],
         report: Callable[[dict[str, float]], None] = lambda usage: None,
     ) -> None:
         self._prompts = prompts
+        self._answer_tokens = answer_tokens
         self._image = image
         self._report = report
         self._strikes = strikes()
@@ -135,7 +140,7 @@ class Generate:
     def _requests(self, row: dict[str, Any]) -> Iterator[Request | MediaError]:
         """One request a window, over views of the object store's memory."""
         asked = kind(row["track"])
-        prompt = self._prompts[asked]
+        longest = self._answer_tokens[asked]
         for token_ids, media, columns, rows, media_hash in zip(
             row["window_tokens"],
             row["window_media"],
@@ -144,16 +149,31 @@ class Generate:
             row["window_media_hash"],
             strict=True,
         ):
-            if columns == 0:  # render: engine
-                yield self._raw_request(row, media.to_pybytes())
-                continue
-            placeholder = prompt.placeholder(token_ids)
-            if asked == "audio":
+            if asked == "text":
+                yield TextRequest(token_ids, longest)
+            elif asked == "audio":
+                place = self._prompts["audio"].placeholder(token_ids)
                 frames = np.frombuffer(media, dtype=np.float32).reshape(columns, -1)
-                yield AudioRequest(token_ids, placeholder, frames, media_hash)
+                yield AudioRequest(token_ids, place, frames, media_hash, longest)
+            elif asked == "video":
+                prompt = self._prompts["video"]
+                patches = unpack_video(media, columns, rows)
+                yield VideoRequest(
+                    token_ids,
+                    prompt.media_id,
+                    patches,
+                    columns,
+                    rows,
+                    prompt.as_images,
+                    media_hash,
+                    longest,
+                )
+            elif columns == 0:  # render: engine
+                yield self._raw_request(row, media.to_pybytes())
             else:
+                place = self._prompts["image"].placeholder(token_ids)
                 patches = np.frombuffer(media, dtype=np.uint8).reshape(columns * rows, -1)
-                yield ImageRequest(token_ids, placeholder, patches, columns, rows, media_hash)
+                yield ImageRequest(token_ids, place, patches, columns, rows, media_hash, longest)
 
     def _raw_request(self, row: dict[str, Any], data: bytes) -> Request | MediaError:
         try:
@@ -162,7 +182,7 @@ class Generate:
             return error
         prompt = self._prompts["image"]
         rendered = prompt.raw(json.loads(row["variables"] or "{}"))
-        return RawImageRequest(rendered, pixels, prompt.raw_media_id)
+        return RawImageRequest(rendered, pixels, prompt.raw_media_id, self._answer_tokens["image"])
 
 
 class _Outcome:

@@ -3,6 +3,7 @@
 `load_prompt` runs once, on the driver: it renders the template around the instruction and the media
 placeholder, and reads the token ids. `Prompt.window` runs for each window on CPU workers: it expands
 the placeholder to the window's tokens. Neither the template nor a hub is needed there.
+Frames of a video have their own form (prompt_video.py), and so has text alone (prompt_summary.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from operators.errors import MediaError
 from operators.settings import AudioSettings, ModelSettings, PromptSettings
 
 VARIABLE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+VIDEO_PLACEHOLDER = "<|video|>"
 
 # Stands for the instruction while the template is rendered: one word, and no text of any template.
 STAND_IN = "PolyscribeInstructionStandIn"
@@ -56,6 +59,18 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
+# About one segment of a video, a few frames with their times.
+VIDEO_PRESETS: dict[str, Preset] = {
+    "video-describe": Preset("Describe what happens in the video, with times.", 256),
+    "video-dense": Preset(
+        "Describe the video in detail: the place, the people and objects, what they do in which order,"
+        " and any text that is shown. Give the time of each event as mm:ss.",
+        512,
+    ),
+    "video-chapter": Preset("Say what happens in the video in at most ten words.", 48),
+    "video-objects": Preset("Name the objects in the video.", 96),
+}
+
 # The model's own words for speech (its card, "audio"); FACTS of its failures: keep it short, no system
 # turn, the sound after the text.
 SPOKEN = "Transcribe the following speech segment in {source}"
@@ -81,14 +96,16 @@ ANSWER_TOKENS_PER_S = 16
 CUSTOM_MAX_TOKENS = 512
 
 
-def instruction(settings: PromptSettings, default_preset: str) -> Preset:
+def instruction(
+    settings: PromptSettings, default_preset: str, presets: Mapping[str, Preset] = PRESETS
+) -> Preset:
     """The text and answer length that a job asks for. Raises ValueError for an unknown preset."""
     if settings.text is not None:
         return Preset(settings.text.strip(), CUSTOM_MAX_TOKENS)
     name = settings.preset or default_preset
-    if name not in PRESETS:
-        raise ValueError(f"prompt.preset: must be one of {', '.join(PRESETS)}; got {name!r}")
-    return PRESETS[name]
+    if name not in presets:
+        raise ValueError(f"prompt.preset: must be one of {', '.join(presets)}; got {name!r}")
+    return presets[name]
 
 
 def transcribe_instruction(audio: AudioSettings) -> Preset:
@@ -158,19 +175,15 @@ class Prompt:
         """
         head, tail = self.head, self.tail
         if self.tokenizer_json is not None:
-            tokenizer = _tokenizer(self.tokenizer_json)
+            tokenizer = parsed_tokenizer(self.tokenizer_json)
             filled = self.rendered.replace(STAND_IN, self._fill(variables or {}))
             head, tail = _split(
                 tuple(tokenizer.encode(filled, add_special_tokens=False).ids), self.media_id
             )
-        ids = [*head, self.begin_id, *[self.media_id] * media_tokens, self.end_id, *tail]
-        if len(ids) > self.max_tokens:
-            raise MediaError(
-                "prepare.too_long",
-                f"prompt and media take {len(ids)} tokens; {self.max_tokens} are left beside the"
-                " answer: raise model.max_model_len, or shorten the prompt",
-            )
-        return ids
+        return fitting(
+            [*head, self.begin_id, *[self.media_id] * media_tokens, self.end_id, *tail],
+            self.max_tokens,
+        )
 
     @property
     def raw_media_id(self) -> int | None:
@@ -186,24 +199,42 @@ class Prompt:
         return ids.index(self.media_id), ids.count(self.media_id)
 
     def _fill(self, variables: Mapping[str, str]) -> str:
-        def value(match: re.Match[str]) -> str:
-            name = match.group(1)
-            if name not in variables:
-                raise MediaError("prepare.bad_variable", f"the manifest row has no {name}")
-            text = variables[name]
-            if len(text) > self.max_variable_chars:
-                raise MediaError(
-                    "prepare.bad_variable",
-                    f"{name} has {len(text)} characters; prompt.max_variable_chars is"
-                    f" {self.max_variable_chars}",
-                )
-            for token in self.control_tokens:
-                if token in text:
-                    raise MediaError("prepare.bad_variable", f"{name} holds the token {token}")
-            return text
+        return fill(self.text, variables, self.control_tokens, self.max_variable_chars)
 
-        # The template trims the instruction, so the filled one is trimmed as well.
-        return VARIABLE.sub(value, self.text).strip()
+
+def fill(
+    text: str, variables: Mapping[str, str], control_tokens: Sequence[str], max_chars: int
+) -> str:
+    """`text` with its {names} filled in. Raises MediaError prepare.bad_variable."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in variables:
+            raise MediaError("prepare.bad_variable", f"the manifest row has no {name}")
+        given = variables[name]
+        if len(given) > max_chars:
+            raise MediaError(
+                "prepare.bad_variable",
+                f"{name} has {len(given)} characters; prompt.max_variable_chars is {max_chars}",
+            )
+        for token in control_tokens:
+            if token in given:
+                raise MediaError("prepare.bad_variable", f"{name} holds the token {token}")
+        return given
+
+    # The template trims the instruction, so the filled one is trimmed as well.
+    return VARIABLE.sub(value, text).strip()
+
+
+def fitting(ids: list[int], max_tokens: int) -> list[int]:
+    """`ids`, where they leave room for the answer. Raises MediaError prepare.too_long."""
+    if len(ids) > max_tokens:
+        raise MediaError(
+            "prepare.too_long",
+            f"prompt and media take {len(ids)} tokens; {max_tokens} are left beside the"
+            " answer: raise model.max_model_len, or shorten the prompt",
+        )
+    return ids
 
 
 def load_prompt(
@@ -211,25 +242,16 @@ def load_prompt(
 ) -> Prompt:
     """Render the checkpoint's chat template once. Imports transformers; needs the tokenizer files.
 
-    Image and video stand before the text, audio after it (FACTS: the model's own order).
+    An image stands before the text, audio after it (FACTS: the model's own order).
     Raises ValueError where the checkpoint has no template or no placeholder for `modality`.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model.id, revision=model.revision)
+    tokenizer = load_tokenizer(model)
     begin_id, media_id, end_id = media_token_ids(tokenizer, modality)
     if media_id < 0 and model.render == "prepared":
         raise ValueError(
             f"{model.id}: its tokenizer names no {modality} token; it needs model.render: engine"
         )
-    words = {"type": "text", "text": STAND_IN}
-    media = {"type": modality}
-    content = [words, media] if modality == "audio" else [media, words]
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    if rendered.count(STAND_IN) != 1:
-        raise ValueError(f"{model.id}: its chat template does not show the user's text once")
+    rendered = render(model, tokenizer, modality)
     plain: tuple[int, ...] = tuple(
         tokenizer.encode(rendered.replace(STAND_IN, text), add_special_tokens=False)
     )
@@ -242,9 +264,7 @@ def load_prompt(
         begin_id=begin_id,
         media_id=media_id,
         end_id=end_id,
-        control_tokens=tuple(
-            sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        ),
+        control_tokens=control_tokens(tokenizer),
         max_variable_chars=settings.max_variable_chars,
         max_tokens=model.max_model_len - answer_tokens,
         tokenizer_json=(
@@ -253,16 +273,49 @@ def load_prompt(
     )
 
 
+def load_tokenizer(model: ModelSettings) -> Any:  # noqa: ANN401
+    """The checkpoint's own tokenizer, with its chat template. Imports transformers."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model.id, revision=model.revision)
+
+
+def render(model: ModelSettings, tokenizer: Any, modality: str | None) -> str:  # noqa: ANN401
+    """The template's text around STAND_IN and one medium (None: text alone), up to the answer.
+
+    Image and video stand before the text, audio after it (FACTS: the model's own order).
+    """
+    words = {"type": "text", "text": STAND_IN}
+    media = [] if modality is None else [{"type": modality}]
+    content = [words, *media] if modality == "audio" else [*media, words]
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    if rendered.count(STAND_IN) != 1:
+        raise ValueError(f"{model.id}: its chat template does not show the user's text once")
+    return rendered
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """What no text from outside may hold: it would end a turn or stand for a medium."""
+    special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(sorted(str(token) for token in special))
+
+
 def media_token_ids(tokenizer: Any, modality: str) -> tuple[int, int, int]:  # noqa: ANN401
     """(begin, soft, end) token ids of a modality, from the tokenizer's own attributes; -1 without."""
     names = {
         "image": ("boi_token", "image_token", "eoi_token"),
+        "video": ("boi_token", "video_token", "eoi_token"),
         "audio": ("boa_token", "audio_token", "eoa_token"),
     }[modality]
     ids = []
     for name in names:
-        token = getattr(tokenizer, name, None)
-        ids.append(-1 if token is None else int(tokenizer.convert_tokens_to_ids(token)))
+        # transformers' own processor adds <|video|> to a tokenizer that does not name it
+        default = VIDEO_PLACEHOLDER if name == "video_token" else None
+        token = getattr(tokenizer, name, None) or default
+        found = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        ids.append(-1 if found in (None, tokenizer.unk_token_id) else int(found))
     return ids[0], ids[1], ids[2]
 
 
@@ -274,5 +327,5 @@ def _split(ids: tuple[int, ...], media_id: int) -> tuple[tuple[int, ...], tuple[
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(json: str) -> Tokenizer:
+def parsed_tokenizer(json: str) -> Tokenizer:
     return Tokenizer.from_str(json)

@@ -1,5 +1,7 @@
 """What goes to an engine and what comes back: plain values, and the interface between.
 
+`max_tokens` of a request is the longest answer; None: as the engine was told.
+
 operators/engine.py is vLLM behind it, tests/fakes.py an engine without a model.
 """
 
@@ -22,6 +24,7 @@ class ImageRequest:
     columns: int
     rows: int
     media_hash: str
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,33 @@ class AudioRequest:
     placeholder: tuple[int, int]
     frames: np.ndarray
     media_hash: str
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """One segment's frames and its prompt. `patches` is uint8 [frames, columns * rows, 6912].
+
+    `media_id` is the token that stands for each patch in `token_ids`, frame after frame.
+    """
+
+    token_ids: list[int]
+    media_id: int
+    patches: np.ndarray
+    columns: int
+    rows: int
+    # the frames are images to the engine, each of its own
+    as_images: bool
+    media_hash: str
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A prompt without media."""
+
+    token_ids: list[int]
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,9 +74,10 @@ class RawImageRequest:
     prompt: str
     pixels: np.ndarray
     media_id: int | None
+    max_tokens: int | None = None
 
 
-Request = ImageRequest | AudioRequest | RawImageRequest
+Request = ImageRequest | AudioRequest | VideoRequest | TextRequest | RawImageRequest
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def halves(
     for part in (frames[:place], frames[place:]):
         ids = prompt.window(len(part), variables)
         digest = media_hash(part.tobytes(), len(part), 1)
-        made.append(AudioRequest(ids, prompt.placeholder(ids), part, digest))
+        made.append(AudioRequest(ids, prompt.placeholder(ids), part, digest, request.max_tokens))
     return made
 
 

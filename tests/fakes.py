@@ -8,7 +8,14 @@ from concurrent.futures import Future
 
 from operators.errors import MediaError
 from operators.prompt import Prompt
-from operators.requests import Answer, ImageRequest, Request
+from operators.requests import (
+    Answer,
+    AudioRequest,
+    RawImageRequest,
+    Request,
+    TextRequest,
+    VideoRequest,
+)
 
 # A rendered prompt of six tokens, without a checkpoint.
 PROMPT = Prompt(
@@ -32,7 +39,8 @@ def done(answer: Answer) -> Future[Answer]:
 
 
 class EchoEngine:
-    """Answers at once with the grid and the mean colour of the first patch.
+    """Answers at once: a picture's grid and the mean colour of its first patch, frames of a video,
+    seconds of speech, `told` for text alone.
 
     By media hash: `deadly` ones end the process, `refused` ones it refuses.
     """
@@ -48,19 +56,29 @@ class EchoEngine:
         self._lock = threading.Lock()
 
     def submit(self, request: Request) -> Future[Answer]:
-        assert isinstance(request, ImageRequest)
+        if isinstance(request, TextRequest):
+            return done(Answer("told", "stop", len(request.token_ids), 0, 1))
+        assert not isinstance(request, RawImageRequest)
         if request.media_hash in self.deadly:
             os._exit(1)
         if request.media_hash in self.refused:
             refusal: Future[Answer] = Future()
             refusal.set_exception(MediaError("generate.rejected", "refused"))
             return refusal
-        _, length = request.placeholder
-        assert length == request.columns * request.rows == len(request.patches)
-        red, green, blue = request.patches[0].reshape(-1, 3).mean(axis=0).round().astype(int)
-        text = f"{request.columns}x{request.rows} {red} {green} {blue}"
-        answer = Answer(text, "stop", len(request.token_ids), length, 3)
-        return done(answer)
+        if isinstance(request, VideoRequest):
+            length = request.token_ids.count(request.media_id)
+            assert length == request.patches.shape[0] * request.patches.shape[1]
+            text = f"{len(request.patches)} frames"
+        elif isinstance(request, AudioRequest):
+            _, length = request.placeholder
+            assert length == len(request.frames)
+            text = f"{length / 25:.0f} seconds"
+        else:
+            _, length = request.placeholder
+            assert length == request.columns * request.rows == len(request.patches)
+            red, green, blue = request.patches[0].reshape(-1, 3).mean(axis=0).round().astype(int)
+            text = f"{request.columns}x{request.rows} {red} {green} {blue}"
+        return done(Answer(text, "stop", len(request.token_ids), length, 3))
 
     def usage(self) -> dict[str, float]:
         return {"engine_s": 1.0, "idle_s": 0.5, "open_s": 0.5}

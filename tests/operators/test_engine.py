@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from PIL import Image
 from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
 
 from operators.decode_image import decode_image
-from operators.engine import Engine, EngineOptions, Meter, pixel_values, watch
+from operators.engine import Engine, EngineOptions
+from operators.engine_media import pixel_values
+from operators.engine_meter import Meter, watch
 from operators.errors import MediaError
 from operators.media import media_hash
 from operators.patchify import patchify
@@ -46,7 +50,17 @@ def deaths() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def engine(nano: Path, deaths: list[str]) -> Iterator[Engine]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The temporary directory of this process and of the engine's."""
+    folder = tmp_path_factory.mktemp("t")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", None)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def engine(nano: Path, deaths: list[str], temporary: Path) -> Iterator[Engine]:
     started = Engine(
         ModelSettings(id=str(nano)),
         SamplingSettings(),
@@ -66,6 +80,13 @@ def engine(nano: Path, deaths: list[str]) -> Iterator[Engine]:
     )
     yield started
     started.close()
+    # what an engine leaves open would be reported in whichever test comes next
+    gc.collect()
+    assert not sockets(temporary)
+
+
+def sockets(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_socket()]
 
 
 def samples() -> list[bytes]:
@@ -191,9 +212,10 @@ def test_the_watchdog_acts_where_requests_are_open_and_no_token_comes() -> None:
 
 
 def test_a_dead_engine_ends_its_actor_and_nobody_waits_on_it(
-    engine: Engine, prompt: Prompt, deaths: list[str]
+    engine: Engine, prompt: Prompt, deaths: list[str], temporary: Path
 ) -> None:
     """The last test of this module: it kills the module's engine."""
+    assert sockets(temporary)
     assert isinstance(engine.submit(prepared(SHAPE, prompt)).result(120), Answer)
     cores = [
         process
@@ -212,6 +234,8 @@ def test_a_dead_engine_ends_its_actor_and_nobody_waits_on_it(
         engine.submit(prepared(SHAPE, prompt)).result(120)
     assert deaths
     assert "the engine died" in deaths[0]
+    # its actor's process is about to end without clean-up
+    assert not list(temporary.glob("polyscribe-engine-*"))
 
 
 SHAPE = media.encode(media.photo(64, 64), "PNG")

@@ -40,7 +40,7 @@ def table(*rows: dict[str, object]) -> pa.Table:
 
 def generate(engine: EchoEngine, strikes: MemoryStrikes) -> Generate:
     return Generate(
-        lambda: engine, {"image": PROMPT, "audio": PROMPT}, ImageSettings(), lambda: strikes
+        lambda: engine, {"image": PROMPT}, {"image": 9}, ImageSettings(), lambda: strikes
     )
 
 
