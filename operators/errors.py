@@ -30,6 +30,7 @@ FAILURES: dict[str, Failure] = {
     "decode.empty": Failure("the file has no bytes"),
     "decode.unsupported": Failure("the bytes are no format that the decoder knows"),
     "decode.no_audio": Failure("the file has no sound track"),
+    "decode.no_video": Failure("the file has no moving pictures"),
     "decode.too_short": Failure("there is less than 0.1 s of sound"),
     "decode.corrupt": Failure("the file is damaged or ends early"),
     "decode.too_large": Failure("the picture has more pixels than image.max_pixels"),

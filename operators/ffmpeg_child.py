@@ -18,20 +18,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from operators.errors import MediaError
-from operators.settings import AudioSettings
+from operators.settings import AudioSettings, VideoSettings
 
 # Demuxers by ffmpeg's names. Not here: what opens other files (hls, dash, concat, imf, sdp, ...),
-# devices, raw PCM without a header, pictures and subtitles.
+# devices, raw PCM without a header, pictures, subtitles, and coded video without a container, which
+# has no times.
 FORMATS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,ast,au,avi,caf,dsf,dts,dtshd,dv,eac3,flac,flv,g722,g729"
-    ",gsm,gxf,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,mxf,nut,ogg,oma,qcp,rm,sox,swf,tak"
-    ",truehd,tta,voc,w64,wav,wtv,wv,xwma"
+    ",gif,gsm,gxf,ivf,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,mxf,nsv,nut,ogg,oma,qcp,rm,sox"
+    ",swf,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma,yuv4mpegpipe"
 )
 PROTOCOLS = "file,pipe"
 INPUT = ("-protocol_whitelist", PROTOCOLS, "-format_whitelist", FORMATS)
 # Of what it says: the first lines name the cause, thousands may follow.
 MESSAGE_BYTES = 4000
 READ_BYTES = 1 << 20
+# Stands in a command for the pipe that `notes` come through; a file name without a colon needs no
+# escaping inside of a filter.
+NOTES = "@NOTES@"
+MOST_NOTES_BYTES = 64 << 20
 # Its libraries map 400 MB before a file is opened.
 BASE_MEMORY_BYTES = 1 << 29
 UNSUPPORTED = re.compile(
@@ -46,13 +51,16 @@ DAMAGED = re.compile(r"moov atom not found|Truncat|End of file|partial file|EBML
 class Done:
     """How a run ended: exit status (negative: by this signal), what came out, what it said.
 
-    cut: it was ended by us because enough had come.
+    cut: it was ended by us because enough had come. notes: what filters printed to NOTES.
+    section: the settings that hold its limits.
     """
 
     status: int
     stdout: bytes
     message: str
     cut: bool = False
+    notes: bytes = b""
+    section: str = "audio"
 
     def failure(self) -> MediaError:
         """What a run that gave nothing means for its file."""
@@ -62,10 +70,11 @@ class Done:
         said = " / ".join(line.strip(" :") for line in said.splitlines() if line.strip())[:300]
         if "Cannot allocate memory" in self.message or self.status == -signal.SIGABRT:
             return MediaError(
-                "decode.out_of_memory", "decoding needs more than audio.max_memory_bytes"
+                "decode.out_of_memory", f"decoding needs more than {self.section}.max_memory_bytes"
             )
         if self.status == -signal.SIGXCPU:
-            return MediaError("decode.timeout", "decoding took more CPU time than audio.timeout_s")
+            said = f"decoding took more CPU time than {self.section}.timeout_s"
+            return MediaError("decode.timeout", said)
         if self.status < 0:
             how = signal.strsignal(-self.status)
             return MediaError("decode.crashed", f"ffmpeg was ended by {how}")
@@ -73,37 +82,56 @@ class Done:
             return MediaError("decode.corrupt", said)
         if UNSUPPORTED.search(self.message):
             return MediaError("decode.unsupported", said)
-        return MediaError("decode.corrupt", said or "no sound could be decoded")
+        return MediaError("decode.corrupt", said or "nothing could be decoded")
 
 
 def run(
-    command: Sequence[str], settings: AudioSettings, *, most_bytes: int, skip_bytes: int = 0
+    command: Sequence[str],
+    settings: AudioSettings | VideoSettings,
+    *,
+    most_bytes: int,
+    skip_bytes: int = 0,
+    ends: float | None = None,
 ) -> Done:
     """Run to the end, or until most_bytes of stdout beyond the first skip_bytes are there.
 
-    Raises MediaError decode.timeout. A missing program is an OSError: a broken machine.
+    ends: the monotonic time at which timeout_s is over, where several runs share it. Raises
+    MediaError decode.timeout. A missing program is an OSError: a broken machine.
     """
+    if ends is None:
+        ends = time.monotonic() + settings.timeout_s
     limits = [
+        "prlimit",
         f"--as={BASE_MEMORY_BYTES + settings.max_memory_bytes}",
         # an orphan that hangs in a loop ends too
         f"--cpu={int(settings.timeout_s) + 1}",
         "--core=0",
     ]
-    process = subprocess.Popen(  # noqa: S603  (a list, no shell; the file's name is one argument)
-        ["prlimit", *limits, *command],  # noqa: S607
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        process_group=0,
-    )
+    notes, notes_end = os.pipe()
+    limited = [*limits, *(part.replace(NOTES, f"/dev/fd/{notes_end}") for part in command)]
+    try:
+        # a list, no shell; the file's name is one argument
+        process = subprocess.Popen(  # noqa: S603
+            limited,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(notes_end,),
+            process_group=0,
+        )
+    except OSError:
+        os.close(notes)
+        raise
+    finally:
+        os.close(notes_end)
     assert process.stdout is not None and process.stderr is not None  # noqa: S101, PT018
-    out, said = bytearray(), bytearray()
-    ends = time.monotonic() + settings.timeout_s
+    out, said, noted = bytearray(), bytearray(), bytearray()
     skip = skip_bytes
     try:
         with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            selector.register(process.stderr, selectors.EVENT_READ)
+            selector.register(process.stdout, selectors.EVENT_READ, out)
+            selector.register(process.stderr, selectors.EVENT_READ, said)
+            selector.register(notes, selectors.EVENT_READ, noted)
             while selector.get_map() and len(out) < most_bytes:
                 ready = selector.select(max(0.0, ends - time.monotonic()))
                 if not ready:
@@ -112,8 +140,10 @@ def run(
                     data = os.read(key.fd, READ_BYTES)
                     if not data:
                         selector.unregister(key.fileobj)
-                    elif key.fileobj is process.stderr:
+                    elif key.data is said:
                         said += data[: MESSAGE_BYTES - len(said)]
+                    elif key.data is noted:
+                        noted += data[: MOST_NOTES_BYTES - len(noted)]
                     else:
                         out += data[skip:]
                         skip = max(0, skip - len(data))
@@ -130,5 +160,8 @@ def run(
         process.wait()
         process.stdout.close()
         process.stderr.close()
+        os.close(notes)
     message = said.decode("utf-8", "replace")
-    return Done(0 if cut else process.returncode, bytes(out[:most_bytes]), message, cut)
+    status = 0 if cut else process.returncode
+    section = "video" if isinstance(settings, VideoSettings) else "audio"
+    return Done(status, bytes(out[:most_bytes]), message, cut, bytes(noted), section)

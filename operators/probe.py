@@ -1,7 +1,8 @@
-"""Probe: what a media file holds, read from its header by ffprobe. No sound is decoded.
+"""Probe: what a media file holds, read from its header by ffprobe. Nothing is decoded.
 
-The time line of a recording starts where players start it: at the container's first timestamp, and
-at zero for MP4 and Matroska, whose timestamps say where a late stream begins.
+The time line of a file, for sound and pictures alike, starts where players start it: at the
+container's first timestamp, and at zero for MP4 and Matroska, whose timestamps say where a late stream
+begins. What is only of pictures is in probe_video.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import ffmpeg
 
 from operators.errors import MediaError
 from operators.ffmpeg_child import FORMATS, INPUT, PROTOCOLS, run
-from operators.settings import AudioSettings
+from operators.settings import AudioSettings, VideoSettings
 
 LEAST_S = 0.1
 # A damaged header may say anything, and a plan has a row for each span: 30 days are 8,500 of them.
@@ -53,35 +54,26 @@ class Sound:
 
 def probe_audio(path: str, settings: AudioSettings) -> Sound:
     """Raises MediaError: decode.unsupported, no_audio, too_short, corrupt, empty, and the limits'."""
-    command = ["ffprobe", "-v", "warning", *INPUT, "-of", "json", "-show_entries", ENTRIES]
-    done = run([*command, "-i", f"file:{path}"], settings, most_bytes=1 << 20)
-    if done.status != 0:
-        raise done.failure()
-    found = json.loads(done.stdout)
-    streams = found.get("streams", [])
-    sound = next((s for s in streams if s.get("codec_type") == "audio"), None)
-    if sound is None or not int(sound.get("channels") or 0):
+    header = read_header(path, settings, ENTRIES)
+    sound = next((s for s in header.streams if has_sound(s)), None)
+    if sound is None:
         raise MediaError("decode.no_audio", "the file has no sound track")
-    container: dict[str, Any] = found["format"]
-    names = set(container["format_name"].split(","))
-    first = _seconds(container.get("start_time")) or 0.0
-    origin = 0.0 if names & FROM_ZERO else first
-    start = _seconds(sound.get("start_time"))
-    end = _end(container, sound, first, start, alone=not _has_video(streams))
-    guessed = end is None or GUESSED in done.message
-    promised = _wav_length_s(path) if guessed and "wav" in names else None
+    first, origin = header.first_s, header.origin_s
+    start = seconds(sound.get("start_time"))
+    # Beside a picture the container's duration may be that of the picture.
+    end = end_s(header, sound, alone=not any(map(is_video, header.streams)))
+    guessed = end is None or header.guessed
+    promised = _wav_length_s(path) if guessed and "wav" in header.formats else None
     counted = guessed and promised is None
     if promised is not None:
         end = first + promised
     elif counted:
-        end = first + count_packets(path, settings)
+        end = first + count_packets(path, settings, "0:a:0")
     assert end is not None  # noqa: S101
     start_s = max(0.0, (first if start is None else start) - origin)
     if end - origin - start_s < LEAST_S:
         raise MediaError("decode.too_short", f"{max(0.0, end - origin - start_s):.3f} s of sound")
-    if end - origin > MOST_S:
-        days = (end - origin) / 86_400
-        raise MediaError("decode.corrupt", f"the header claims {days:.0f} days of sound")
+    refuse_years(end - origin)
     return Sound(
         start_s=start_s,
         duration_s=end - origin,
@@ -92,11 +84,48 @@ def probe_audio(path: str, settings: AudioSettings) -> Sound:
     )
 
 
-def count_packets(path: str, settings: AudioSettings) -> float:
+@dataclass(frozen=True)
+class Header:
+    """What ffprobe reads of a file; streams as it names their fields."""
+
+    formats: frozenset[str]
+    container: dict[str, Any]
+    streams: list[dict[str, Any]]
+    # The container's first timestamp, and the zero of our time line among the timestamps.
+    first_s: float
+    origin_s: float
+    # Its durations are a guess from the bit rate.
+    guessed: bool
+
+
+def read_header(path: str, settings: AudioSettings | VideoSettings, entries: str) -> Header:
+    """Raises MediaError where the file cannot be read as media at all."""
+    command = ["ffprobe", "-v", "warning", *INPUT, "-of", "json", "-show_entries", entries]
+    done = run([*command, "-i", f"file:{path}"], settings, most_bytes=1 << 20)
+    if done.status != 0:
+        raise done.failure()
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:  # more streams than any file has
+        raise MediaError("decode.corrupt", "the header has no end") from None
+    container: dict[str, Any] = found["format"]
+    formats = frozenset(container["format_name"].split(","))
+    first = seconds(container.get("start_time")) or 0.0
+    return Header(
+        formats=formats,
+        container=container,
+        streams=found.get("streams", []),
+        first_s=first,
+        origin_s=0.0 if formats & FROM_ZERO else first,
+        guessed=GUESSED in done.message,
+    )
+
+
+def count_packets(path: str, settings: AudioSettings | VideoSettings, stream: str) -> float:
     """Where the last packet ends, from the first timestamp. Reads all of it, decodes nothing."""
     args = (
         ffmpeg.input(f"file:{path}", format_whitelist=FORMATS, protocol_whitelist=PROTOCOLS)
-        .output("pipe:", format="null", map="0:a:0", c="copy")
+        .output("pipe:", format="null", map=stream, c="copy")
         .global_args("-nostdin", "-v", "error", "-progress", "pipe:1")
         .compile()
     )
@@ -107,24 +136,45 @@ def count_packets(path: str, settings: AudioSettings) -> float:
     return int(ends[-1]) / 1e6
 
 
-def _end(
-    container: dict[str, Any],
-    sound: dict[str, Any],
-    first: float,
-    start: float | None,
-    *,
-    alone: bool,
-) -> float | None:
-    """Where the sound ends in the file's timestamps, as far as the header says."""
-    length = _seconds(sound.get("duration"))
+def end_s(header: Header, stream: dict[str, Any], *, alone: bool) -> float | None:
+    """Where a stream ends in the file's timestamps, as far as the header says.
+
+    alone: the container's duration is that of the stream.
+    """
+    start, length = seconds(stream.get("start_time")), seconds(stream.get("duration"))
     if length is not None:
-        return (first if start is None else start) + length
-    tagged = CLOCK.match((sound.get("tags") or {}).get("DURATION", ""))
+        return (header.first_s if start is None else start) + length
+    tagged = CLOCK.match((stream.get("tags") or {}).get("DURATION", ""))
     if tagged:
         return int(tagged[1]) * 3600 + int(tagged[2]) * 60 + float(tagged[3])
-    whole = _seconds(container.get("duration"))
-    # Beside a picture the container's duration may be that of the picture.
-    return None if whole is None or not alone else first + whole
+    whole = seconds(header.container.get("duration"))
+    return None if whole is None or not alone else header.first_s + whole
+
+
+def refuse_years(duration_s: float) -> None:
+    """Raises MediaError decode.corrupt for a length that no file has."""
+    if duration_s > MOST_S:
+        raise MediaError("decode.corrupt", f"the header claims {duration_s / 86_400:.0f} days")
+
+
+def has_sound(stream: dict[str, Any]) -> bool:
+    """A sound track that has channels."""
+    return stream.get("codec_type") == "audio" and int(stream.get("channels") or 0) > 0
+
+
+def is_video(stream: dict[str, Any]) -> bool:
+    """Moving pictures: not the cover of an album."""
+    asked = stream.get("disposition") or {}
+    still = asked.get("attached_pic") or asked.get("timed_thumbnails")
+    return stream.get("codec_type") == "video" and not still
+
+
+def seconds(value: str | None) -> float | None:
+    """A number as ffprobe prints it."""
+    try:
+        return float(value) if value is not None else None
+    except ValueError:
+        return None
 
 
 def _wav_length_s(path: str) -> float | None:
@@ -148,17 +198,3 @@ def _wav_length_s(path: str) -> float | None:
                 rate = int.from_bytes(file.read(12)[8:], "little")
             file.seek(start + size + size % 2)
     return None
-
-
-def _has_video(streams: list[dict[str, Any]]) -> bool:
-    return any(
-        s.get("codec_type") == "video" and not (s.get("disposition") or {}).get("attached_pic")
-        for s in streams
-    )
-
-
-def _seconds(value: str | None) -> float | None:
-    try:
-        return float(value) if value is not None else None
-    except ValueError:
-        return None

@@ -1,0 +1,199 @@
+"""Index: when the pictures of parts of a video are shown and which are key frames, without decoding.
+
+One run of ffprobe that reads packets. A decoder can start at a key frame only, and the picture of a
+moment is known only when the next one's time is: both are needed before anything is decoded, so that
+each picture is found by one seek and nothing is decoded twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import numpy as np
+import numpy.typing as npt
+
+from operators.ffmpeg_child import INPUT, run
+from operators.probe_video import VideoFacts
+from operators.settings import VideoSettings
+
+US = 1_000_000
+# Times so close are read in one go: 10 s of packets are 6 MB at 5 Mbit/s, a seek costs as much.
+JOIN_S = 10.0
+# A picture may be decoded so much after one that is shown later: 8 pictures and a margin.
+REORDER_FRAMES = 8
+REORDER_S = 0.5
+UNORDERED_FRAMES = 4
+# How far before a time to look for its key frame: nothing where the demuxer finds it; 12 s, which
+# is a usual key frame distance (250 pictures) and more; then once more, far.
+LEADS_S = (0.0, 12.0, 120.0)
+# A first or last picture so many pictures away from a time still is its picture; headers round.
+EDGE_FRAMES = 3
+# From so early on the file is read from its start: ffprobe seeks forward to a time that is not after 0.
+START_S = 1.0
+LINE_BYTES = 64
+
+# shown, length, decoded, key, visible, whether the time of showing was given
+Line = tuple[int, int, int, bool, bool, bool]
+Times = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """Pictures in the order in which they are shown; microseconds in the file's own timestamps."""
+
+    shown_us: Times  # [n], strictly increasing
+    length_us: Times  # [n]; 0 where not given
+    decoded_us: Times  # [n], when it is decoded
+    key: npt.NDArray[np.bool_]  # [n]
+    # shown at all: an edit list may cut pictures off that others need
+    visible: npt.NDArray[np.bool_]  # [n]
+    # False: some packets have a time of decoding only
+    exact: bool
+    # ffmpeg's timestamps less ours. AVI has times of decoding only, and that of its n-th packet is when
+    # the n-th picture is due; ffmpeg gives a picture that of the packet which made the decoder let it go.
+    shift_us: int
+    edge_us: int
+
+    def picture(self, time_us: int) -> int | None:
+        """The picture shown at a time: the last visible one at or before it.
+
+        Just before the first one, or just after the last one's end, that one.
+        """
+        places = np.flatnonzero(self.visible)
+        if not len(places):
+            return None
+        after = int(np.searchsorted(self.shown_us[places], time_us, "right"))
+        if after == 0:
+            first = int(places[0])
+            return first if self.shown_us[first] - time_us <= self.edge_us else None
+        place = int(places[after - 1])
+        end = int(self.shown_us[place] + max(self.length_us[place], self.edge_us))
+        return None if after == len(places) and time_us > end else place
+
+    def nearest_key(self, time_us: int) -> int | None:
+        """The visible key frame next to a time; the earlier one of two."""
+        places = np.flatnonzero(self.visible & self.key)
+        if not len(places):
+            return None
+        return int(places[np.argmin(np.abs(self.shown_us[places] - time_us))])
+
+    def start(self, place: int) -> int | None:
+        """The key frame from which a picture can be decoded: the last one not shown after it.
+
+        With times of decoding only, some that are due after a key frame are shown before it.
+        """
+        last = max(0, place - UNORDERED_FRAMES) if self.shift_us else place
+        keys = np.flatnonzero(self.key[: last + 1])
+        return int(keys[-1]) if len(keys) else None
+
+
+def read_index(
+    path: str,
+    facts: VideoFacts,
+    stretches_s: Sequence[tuple[float, float]],
+    settings: VideoSettings,
+    ends: float,
+) -> FrameIndex:
+    """The index of some stretches (start, end in seconds of the time line, in order), each from the
+    key frame before it on. What cannot be read is not in it. Raises MediaError decode.timeout.
+    """
+    lines: list[Line] = []
+    found = _index(lines, facts)
+    for lead_s in LEADS_S:
+        if not lead_s and not facts.seeks_to_keys:
+            continue
+        lacking = [pair for pair in stretches_s if not _reaches(found, pair, facts)]
+        if not lacking or time.monotonic() > ends:
+            break
+        lines += _read(path, facts, _joined(lacking, lead_s), settings, ends)
+        found = _index(lines, facts)
+    return found
+
+
+def _reaches(index: FrameIndex, stretch_s: tuple[float, float], facts: VideoFacts) -> bool:
+    """Whether the stretch's first picture can be decoded."""
+    place = index.picture(round((stretch_s[0] + facts.origin_s) * US))
+    return place is not None and index.start(place) is not None
+
+
+def _joined(stretches_s: Sequence[tuple[float, float]], lead_s: float) -> list[tuple[float, float]]:
+    joined: list[tuple[float, float]] = []
+    for start_s, end_s in stretches_s:
+        if joined and start_s - lead_s <= joined[-1][1] + JOIN_S:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end_s))
+        else:
+            joined.append((start_s - lead_s, end_s))
+    return joined
+
+
+def _read(
+    path: str,
+    facts: VideoFacts,
+    stretches_s: Sequence[tuple[float, float]],
+    settings: VideoSettings,
+    ends: float,
+) -> list[Line]:
+    margin_s = REORDER_S + REORDER_FRAMES * facts.frame_s
+    intervals = []
+    for start_s, end_s in stretches_s:
+        begin = f"{start_s + facts.origin_s:.6f}" if start_s > facts.start_s + START_S else ""
+        intervals.append(f"{begin}%{end_s + margin_s + facts.origin_s:.6f}")
+    command = [
+        *("ffprobe", "-v", "error", *INPUT, "-select_streams", str(facts.index)),
+        *("-show_entries", "packet=pts_time,dts_time,duration_time,flags"),
+        *("-of", "csv=p=0", "-read_intervals", ",".join(intervals), "-i", f"file:{path}"),
+    ]
+    wanted_s = sum(end_s - start_s + margin_s for start_s, end_s in stretches_s)
+    # ten times what the rate says: a wrong rate is a header's usual fault
+    most = int(1e6 + 10 * LINE_BYTES * wanted_s * max(facts.nominal_fps, facts.average_fps, 60))
+    done = run(command, settings, most_bytes=min(most, 256 << 20), ends=ends)
+    return [line for text in done.stdout.splitlines() if (line := _line(text)) is not None]
+
+
+def _line(text: bytes) -> Line | None:
+    """A packet; None without any time."""
+    parts = text.split(b",")
+    if len(parts) < 4:
+        return None
+    shown, decoded, length = (_microseconds(part) for part in parts[:3])
+    if shown is None and decoded is None:
+        return None
+    time_us = decoded if shown is None else shown
+    assert time_us is not None  # noqa: S101
+    flags = parts[3]
+    return (
+        time_us,
+        length or 0,
+        time_us if decoded is None else decoded,
+        b"K" in flags,
+        b"D" not in flags,
+        shown is not None,
+    )
+
+
+def _microseconds(text: bytes) -> int | None:
+    try:
+        return round(float(text) * US)
+    except ValueError:
+        return None
+
+
+def _index(lines: list[Line], facts: VideoFacts) -> FrameIndex:
+    # of two packets with one time the key frame
+    kept = {line[0]: line for line in sorted(lines, key=itemgetter(3))}
+    ordered = [kept[shown] for shown in sorted(kept)]
+    exact = all(line[5] for line in lines)
+    ordered_times = exact or any(line[5] and line[0] != line[2] for line in lines)
+    return FrameIndex(
+        shown_us=np.array([line[0] for line in ordered], np.int64),
+        length_us=np.array([line[1] for line in ordered], np.int64),
+        decoded_us=np.array([line[2] for line in ordered], np.int64),
+        key=np.array([line[3] for line in ordered], np.bool_),
+        visible=np.array([line[4] for line in ordered], np.bool_),
+        exact=exact,
+        edge_us=round(EDGE_FRAMES * facts.frame_s * US),
+        shift_us=0 if ordered_times else round(facts.held_back * facts.frame_s * US),
+    )
