@@ -11,6 +11,7 @@ from rich.text import Text
 from pipeline.assemble import RESULTS_FOLDER, read_marker, read_part
 from pipeline.config import Job
 from pipeline.run import folder_store
+from pipeline.sample import LINES, TIMED, answer_lines
 
 
 def print_answers(job: Job, console: Console, rows: int) -> None:
@@ -25,13 +26,17 @@ def print_answers(job: Job, console: Console, rows: int) -> None:
     for item in marker["files"]:
         if not item["name"].startswith(RESULTS_FOLDER) or left <= 0:
             continue
-        answers = read_part(folder, item["name"], ["uri", "status", "text", "error_code"])
+        answers = read_part(folder, item["name"], ["uri", "status", "error_code", *TIMED])
         for answer in answers.slice(0, left).to_pylist():
+            lines = answer_lines(answer, summary="text" in job.instructions)
+            shown = [f"{time} {text}".strip() for time, text in lines[:LINES]]
+            if len(lines) > LINES:
+                shown.append(f"and {len(lines) - LINES} more")
+            if answer["error_code"]:
+                shown.append(answer["error_code"])
             # Text, not markup: a model's answer may hold square brackets.
             table.add_row(
-                Text(PurePosixPath(answer["uri"]).name),
-                answer["status"],
-                Text(answer["text"] or answer["error_code"] or ""),
+                Text(PurePosixPath(answer["uri"]).name), answer["status"], Text("\n".join(shown))
             )
         left -= min(left, answers.num_rows)
     if table.row_count:

@@ -12,9 +12,11 @@ from operators.errors import MediaError
 from operators.fetch import Ref
 from operators.local_files import LocalFile
 from operators.probe import probe_audio
+from operators.probe_video import probe_video
 from operators.schema import DIVIDED
-from operators.settings import AudioSettings
-from operators.tracks import sound_tracks
+from operators.settings import AudioSettings, VideoSettings
+from operators.shots import spans as video_spans
+from operators.tracks import FRAMES, SUMMARY, sound_tracks
 from operators.windows import spans
 
 
@@ -23,6 +25,12 @@ class Track(NamedTuple):
 
     name: str
     spans: list[tuple[float | None, float | None]]
+
+
+# Stands for pictures that cannot be read.
+UNREAD = Track(FRAMES, [(None, None)])
+# There is no sound to transcribe, and nothing wrong with that.
+SILENT = frozenset({"decode.no_audio", "decode.too_short"})
 
 
 class Divide:
@@ -87,3 +95,29 @@ def speech_tracks(path: str, audio: AudioSettings) -> list[Track]:
         Track(name, [*spans(sound.duration_s, audio)])
         for name in sound_tracks(sound.channels, audio)
     ]
+
+
+def video_tracks(path: str, video: VideoSettings, audio: AudioSettings) -> list[Track]:
+    """The tracks of a video: its pictures, where asked its sound, and a summary of both.
+
+    A video without sound has no sound track. One without pictures has a span of them, which fails
+    with its code, beside its sound. Raises MediaError where neither can be read.
+    """
+    seen: MediaError | None = None
+    try:
+        tracks = [Track(FRAMES, [*video_spans(probe_video(path, video).duration_s, video)])]
+    except MediaError as error:
+        seen, tracks = error, [UNREAD]
+    if video.transcribe:
+        try:
+            tracks += speech_tracks(path, audio)
+        except MediaError as error:
+            if seen is not None:
+                raise seen from error
+            if error.code not in SILENT:
+                tracks += [Track(name, [(None, None)]) for name in sound_tracks(1, audio)]
+    elif seen is not None:
+        raise seen
+    if video.summary:
+        tracks.append(Track(SUMMARY, [(None, None)]))
+    return tracks

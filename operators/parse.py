@@ -153,8 +153,10 @@ def sealed(code: str | None, version: str | None) -> bool:
 def caption(answers: Sequence[Mapping[str, Any]], prompt_name: str) -> dict[str, Any]:
     """status, text and structured of a span whose one window is answered.
 
-    Raises MediaError for an answer that loops or hit its length.
+    A summary of nothing has no window. Raises MediaError for an answer that loops or hit its length.
     """
+    if not answers:
+        return {"status": "empty", "text": ""}
     (answer,) = answers
     text: str = answer["text"].strip()
     check(answer)

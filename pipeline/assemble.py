@@ -8,14 +8,10 @@ _SUCCESS sees one state or the next, never a mixture.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from pathlib import PurePosixPath
 from typing import Any
 
 import duckdb
@@ -23,21 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.schema import FAILED, RESULTS
-from operators.stitch import Segment, join
-from operators.subtitles import chapters, cues, srt, webvtt
+from operators.stitch import join
 from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.config import Job
 from pipeline.parts import Part, parquet_bytes, part
 from pipeline.plan import Plan
 from pipeline.store import Store
+from pipeline.subtitle_files import SUBTITLED, drop_subtitles, write_subtitles
 
 MARKER = "_SUCCESS"
 RESULTS_FOLDER, FAILURES_FOLDER = "results", "failures"
-SUBTITLES_FOLDER = "subtitles"
 ROWS_A_PART = 65_536
-# Two small objects an asset; a store takes some milliseconds for each.
-SUBTITLE_THREADS = 16
 # Spans of sound, by their track.
 HEARD = f"track NOT IN ('{IMAGE}', '{FRAMES}', '{SUMMARY}')"
 
@@ -111,21 +104,18 @@ def assemble(
         WHERE base.asset_id NOT IN (SELECT asset_id FROM found)"""
     )
     parts = list(_carry_over(db, store, base, plan.run_id))
-    parts += _write(
-        db,
-        store,
-        RESULTS_FOLDER,
-        plan.run_id,
-        _results_query(),
-        RESULTS,
-        {
-            "model": job.model.id,
-            "revision": job.model.revision,
-            "prompt": job.prompt_name,
-        },
-    )
+    values = {
+        "model": job.model.id,
+        "revision": job.model.revision,
+        "prompt": job.prompt_name,
+    }
+    made = [*_write(db, store, RESULTS_FOLDER, plan.run_id, _results_query(), RESULTS, values)]
+    parts += made
     if job.modality != "image" and job.output.subtitles:
-        write_subtitles(store, [item.name for item in parts if plan.run_id in item.name])
+        leaving = {asset_id for (asset_id,) in db.sql("SELECT asset_id FROM leaving").fetchall()}
+        drop_subtitles(store, leaving)
+        for item in made:
+            write_subtitles(store, read_part(store, item.name, SUBTITLED))
     parts += _write(db, store, FAILURES_FOLDER, plan.run_id, _failures_query(), FAILED, {})
     return Assembly(
         parts=tuple(parts),
@@ -214,42 +204,6 @@ def _joined(texts: list[str], tracks: list[str]) -> str:
 def _merged(lists: list[str]) -> str:
     """JSON lists of an asset's spans as one."""
     return json.dumps([item for text in lists for item in json.loads(text)], ensure_ascii=False)
-
-
-def write_subtitles(store: Store, names: list[str]) -> None:
-    """.vtt and .srt of every asset in these parts of results that says something, a pair a channel;
-    for a video also its captions as chapters."""
-    with ThreadPoolExecutor(SUBTITLE_THREADS) as pool:
-        for name in names:
-            if not name.startswith(RESULTS_FOLDER):
-                continue
-            columns = ["asset_id", "uri", "modality", "segments", "transcript_segments"]
-            rows = read_part(store, name, columns).to_pylist()
-            for _ in pool.map(partial(_subtitles, store), rows):
-                pass
-
-
-def _subtitles(store: Store, row: dict[str, Any]) -> None:
-    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(row["uri"]).stem)[:80]
-    name = f"{SUBTITLES_FOLDER}/{stem}-{row['asset_id'][:12]}"
-    spoken = row["segments"]
-    if row["modality"] == "video":
-        spoken = row["transcript_segments"]
-        if row["segments"]:
-            captions = [_segment(segment) for segment in row["segments"]]
-            store.write(f"{name}.chapters.vtt", chapters(captions).encode())
-    channels: dict[int | None, list[Segment]] = {}
-    for segment in spoken or ():
-        channels.setdefault(segment["channel"], []).append(_segment(segment))
-    for channel, segments in channels.items():
-        made = cues(segments)
-        whole = name if channel is None else f"{name}.c{channel}"
-        store.write(f"{whole}.vtt", webvtt(made).encode())
-        store.write(f"{whole}.srt", srt(made).encode())
-
-
-def _segment(row: dict[str, Any]) -> Segment:
-    return Segment(row["start_s"], row["end_s"], row["text"])
 
 
 def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:

@@ -17,7 +17,16 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from operators.frames import SAMPLE_RATE_HZ, frame_count
-from operators.prompt import Preset, instruction, transcribe_instruction, variables_in
+from operators.prompt import (
+    PRESETS,
+    VIDEO_PRESETS,
+    Preset,
+    instruction,
+    transcribe_instruction,
+    variables_in,
+)
+from operators.prompt_summary import SUMMARY
+from operators.prompt_video import most_tokens
 from operators.settings import (
     AudioSettings,
     FetchSettings,
@@ -26,6 +35,7 @@ from operators.settings import (
     PromptSettings,
     SamplingSettings,
     Settings,
+    VideoSettings,
 )
 from operators.stores import redact
 from operators.tracks import Kind
@@ -34,11 +44,19 @@ from operators.tracks import Kind
 SEMANTICS_VERSION = 1
 
 # What a task asks where the job names no prompt.
-DEFAULT_PRESET = {"caption": "caption-dense"}
+DEFAULT_PRESET = {"caption": "caption-dense", "describe-video": "video-describe"}
 
 # What a task is done to.
-Modality = Literal["image", "audio"]
-MODALITY: dict[str, Modality] = {"caption": "image", "custom": "image", "transcribe": "audio"}
+# What vLLM reserves for a video: 32 frames of 70 patches with their marks and times.
+VIDEO_ITEM_TOKENS = 2496
+
+Modality = Literal["image", "audio", "video"]
+MODALITY: dict[str, Modality] = {
+    "caption": "image",
+    "custom": "image",
+    "transcribe": "audio",
+    "describe-video": "video",
+}
 
 SECRET_NAME = re.compile(
     r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
@@ -129,7 +147,12 @@ class ResourcesConfig(Settings):
         description="auto: GPUs if the cluster has any now; gpu: also where it has none yet, for a pool"
         " that scales from zero (give resources.engines then); cpu: leave GPUs alone",
     )
-    engines: int | None = Field(None, ge=1, description="GPU actors; default: one a GPU")
+    engines: int | None = Field(
+        None,
+        ge=1,
+        description="GPU actors; default: one a GPU. Of GPUs that are not there yet, no more than the"
+        " work is worth",
+    )
     media_workers: int | None = Field(None, ge=1, description="at most so many media tasks at once")
     rows_per_block: int | None = Field(None, ge=1, le=4096)
 
@@ -146,18 +169,31 @@ class LimitsConfig(Settings):
     retry_failed: bool = Field(
         False, description="ask again for spans that a former run sealed as failed"
     )
+    wait_for_workers_s: float = Field(
+        1800.0,
+        ge=0,
+        description="while the cluster has no node that could do the work: nodes of a cloud come in"
+        " minutes, GPUs now and then in half an hour",
+    )
+    wait_for_lease_s: float = Field(
+        0.0,
+        ge=0,
+        description="while another run is at work on this output; where runs are started again by"
+        " themselves, longer than the ten minutes that a dead one's lease still holds",
+    )
 
 
 class Job(Settings):
     """One job file."""
 
-    task: Literal["caption", "transcribe", "custom"]
+    task: Literal["caption", "transcribe", "describe-video", "custom"]
     input: InputConfig
     output: OutputConfig
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
     image: ImageSettings = ImageSettings()
     audio: AudioSettings = AudioSettings()
+    video: VideoSettings = VideoSettings()
     sampling: SamplingSettings = SamplingSettings()
     fetch: FetchSettings = FetchSettings()
     engine: EngineConfig = EngineConfig()
@@ -180,21 +216,41 @@ class Job(Settings):
                 f"model.max_model_len: {self.model.max_model_len} has no room for an answer of"
                 f" {self.answer_tokens} tokens beside {self.window_tokens} of {self.modality}"
             )
-        if self.modality == "audio" and self.model.render == "engine":
-            raise ValueError("model.render: engine is for images; audio is always prepared")
+        if self.modality == "video" and self.engine.max_num_batched_tokens < VIDEO_ITEM_TOKENS:
+            raise ValueError(
+                f"engine.max_num_batched_tokens: {self.engine.max_num_batched_tokens}; for video vLLM"
+                f" wants at least {VIDEO_ITEM_TOKENS}"
+            )
+        if self.modality != "image" and self.model.render == "engine":
+            raise ValueError("model.render: engine is for images; all else is always prepared")
         return self
 
     @property
     def modality(self) -> Modality:
-        """What an asset is: image or audio."""
+        """What an asset is."""
         return MODALITY[self.task]
 
     @property
     def window_tokens(self) -> int:
         """Media tokens that one request may have."""
         if self.modality == "audio":
-            return frame_count(round(self.audio.window_s * SAMPLE_RATE_HZ))
+            return self.speech_tokens
+        if self.modality == "video":
+            frames = most_tokens(self.video.max_frames, self.video.max_soft_tokens)
+            return max(frames, self.speech_tokens)
         return self.image.max_soft_tokens
+
+    @property
+    def soft_tokens(self) -> int:
+        """Visual tokens that one picture may have."""
+        return (
+            self.video.max_soft_tokens if self.modality == "video" else self.image.max_soft_tokens
+        )
+
+    @property
+    def speech_tokens(self) -> int:
+        """Media tokens that one window of speech may have."""
+        return frame_count(round(self.audio.window_s * SAMPLE_RATE_HZ))
 
     @property
     def prompt_name(self) -> str:
@@ -212,7 +268,8 @@ class Job(Settings):
             if self.prompt.preset is not None:
                 raise ValueError("prompt.preset: task transcribe has none; see the section audio")
             return transcribe_instruction(self.audio)
-        return instruction(self.prompt, DEFAULT_PRESET.get(self.task, ""))
+        presets = VIDEO_PRESETS if self.modality == "video" else PRESETS
+        return instruction(self.prompt, DEFAULT_PRESET.get(self.task, ""), presets)
 
     @property
     def answer_tokens(self) -> int:
@@ -224,14 +281,17 @@ class Job(Settings):
         """What the model is asked, by what it is given; the task itself first."""
         own = Preset(self.instruction.text, self.answer_tokens)
         asked: dict[Kind, Preset] = {self.modality: own}
+        if self.modality == "video" and self.video.transcribe:
+            asked["audio"] = transcribe_instruction(self.audio)
+        if self.modality == "video" and self.video.summary:
+            asked["text"] = SUMMARY
         return asked
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes an answer, and nothing else."""
-        asked: dict[str, Any] = {
-            name: _asked(getattr(self, name)) for name in ("model", self.modality, "sampling")
-        }
+        sections = ["model", "sampling", *(kind for kind in self.instructions if kind != "text")]
+        asked: dict[str, Any] = {name: _asked(getattr(self, name)) for name in sections}
         # The resolved prompts, so that a default and its name are the same question.
         asked["prompt"] = {kind: vars(preset) for kind, preset in self.instructions.items()}
         asked["prompt_name"] = self.prompt_name

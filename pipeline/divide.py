@@ -15,11 +15,11 @@ import duckdb
 import pyarrow as pa
 import ray.data
 
-from operators.divide import Divide, speech_tracks
+from operators.divide import Divide, speech_tracks, video_tracks
 from operators.fetch import Fetch
 from operators.local_files import LocalFiles
 from operators.schema import DIVIDED, FOUND
-from operators.tracks import sound_tracks
+from operators.tracks import FRAMES, sound_tracks
 from pipeline.cluster import Connect
 from pipeline.config import Job
 
@@ -41,6 +41,9 @@ def local_files(job: Job) -> LocalFiles:
 
 def divider(job: Job) -> Divide:
     """How this job's files are divided."""
+    if job.modality == "video":
+        tracks = partial(video_tracks, video=job.video, audio=job.audio)
+        return Divide(local_files(job), tracks, FRAMES)
     unread = sound_tracks(1, job.audio)[0]
     return Divide(local_files(job), partial(speech_tracks, audio=job.audio), unread)
 

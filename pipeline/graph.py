@@ -4,8 +4,10 @@
     plan      spans, minus those in the ledger        -> plan/*.parquet      pipeline/plan.py
     fetch     bounded, retried, ahead of the decoder  -> bytes               operators/fetch.py
     decode    in a child process                      -> pixels              operators/decode_image.py
+                                                         frames              operators/decode_video.py
                                                          or a waveform       operators/decode_audio.py
     prepare   patchify, prompt, hash                  -> uint8 patches, ids  operators/patchify.py, prompt.py
+              the same for a segment's frames                                operators/prepare_video.py
               cut in pauses, frame, prompt            -> float32 frames      operators/windows.py, frames.py
     generate  vLLM in an engine actor                 -> text                operators/generate.py, engine.py
     parse     loop, truncation and empty checks       -> fields or a code    operators/parse.py
@@ -13,14 +15,16 @@
     assemble  results, failures, report               -> the marker, last    pipeline/assemble.py
 
 Fetch, decode and prepare are one stage: the bytes of a file never cross the object store, its patches
-do so once. Nothing between plan and sink multiplies or drops a row.
+do so once. Nothing between plan and sink multiplies or drops a row. Summaries of videos take the same way
+after all else, with texts from the ledger for media (pipeline/summaries.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
+import pyarrow as pa
 import ray.actor
 import ray.data
 
@@ -29,9 +33,11 @@ from operators.fetch import Fetch
 from operators.generate import Generate
 from operators.media import Media
 from operators.media_audio import PrepareSpeech
-from operators.media_files import FileMedia
+from operators.media_files import FileMedia, Prepare
+from operators.media_summary import Summaries
+from operators.media_video import PrepareFrames
 from operators.parse import Parse
-from operators.prompt import Prompt, load_prompt
+from operators.prompts import Prompts
 from operators.requests import TextEngine
 from operators.tracks import Kind
 from pipeline.compute import Compute
@@ -50,20 +56,24 @@ def way(
     job: Job,
     store: Store,
     plan_parts: tuple[str, ...],
-    prompts: Mapping[Kind, Prompt],
+    stage: MediaStage,
+    prompts: Prompts,
     engine: Callable[[], TextEngine],
     run_id: str,
     compute: Compute,
     book: ray.actor.ActorHandle,
     reporter: Reporter,
 ) -> ray.data.Dataset:
-    """From the plan's parts to ledger rows. Nothing runs until the sink pulls."""
+    """From the plan's parts to ledger rows. Nothing runs until the sink pulls.
+
+    `stage` is media_stage or, when all media of the run are in the ledger, summary_stage.
+    """
     filesystem, root = store.arrow()
     plan = ray.data.read_parquet([f"{root}/{name}" for name in plan_parts], filesystem=filesystem)
     return (
         plan.repartition(target_num_rows_per_block=compute.rows_per_block)
         .map_batches(
-            media_stage(job, prompts),
+            stage,
             batch_size=compute.rows_per_block,
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=compute.media_workers),
@@ -74,6 +84,9 @@ def way(
             fn_constructor_kwargs={
                 "engine": engine,
                 "prompts": prompts,
+                "answer_tokens": {
+                    kind: asked.max_tokens for kind, asked in job.instructions.items()
+                },
                 "image": job.image,
                 "strikes": partial(ActorStrikes, book),
                 "report": reporter.usage,
@@ -98,7 +111,10 @@ def way(
     )
 
 
-def media_stage(job: Job, prompts: Mapping[Kind, Prompt]) -> Media | FileMedia:
+MediaStage = Callable[[pa.Table], pa.Table]
+
+
+def media_stage(job: Job, prompts: Prompts) -> MediaStage:
     """Fetch, decode and prepare of the job's modality."""
     if job.modality == "image":
         return Media(
@@ -108,22 +124,25 @@ def media_stage(job: Job, prompts: Mapping[Kind, Prompt]) -> Media | FileMedia:
             render=job.model.render,
             concurrency=job.fetch.concurrency,
         )
-    return FileMedia(local_files(job), {"audio": PrepareSpeech(job.audio, prompts["audio"])})
+    prepare: dict[Kind, Prepare] = {}
+    if "audio" in prompts:
+        prepare["audio"] = PrepareSpeech(job.audio, prompts["audio"])
+    if "video" in prompts:
+        prepare["video"] = PrepareFrames(job.video, prompts["video"])
+    return FileMedia(local_files(job), prepare)
 
 
-def load_prompts(job: Job) -> dict[Kind, Prompt]:
-    """The job's instructions in the checkpoint's own form. Reads its tokenizer."""
-    return {
-        kind: load_prompt(job.model, job.prompt, kind, asked.text, asked.max_tokens)
-        for kind, asked in job.instructions.items()
-    }
+def summary_stage(prompts: Prompts) -> MediaStage:
+    """Prepare of summaries, whose media are texts in the ledger."""
+    return Summaries(prompts["text"])
 
 
 def vllm_engine(job: Job) -> Callable[[], TextEngine]:
     """What each engine actor starts: vLLM with the job's model and settings."""
     options = EngineOptions(
         modality=job.modality,
-        max_soft_tokens=job.image.max_soft_tokens,
+        max_soft_tokens=job.soft_tokens,
+        max_frames=job.video.max_frames,
         answer_tokens=job.answer_tokens,
         **job.engine.model_dump(),
     )

@@ -3,7 +3,7 @@
     LedgerSink   Ray Data's last stage: commits rows as they finish
     load         all of a fingerprint's ledger into DuckDB, each span in one state
 
-A part's name comes from run and task, so a write task that is retried replaces its own part.
+A part's name comes from run, pass and task, so a write task that is retried replaces its own part.
 """
 
 from __future__ import annotations
@@ -47,17 +47,20 @@ TOKENS = ("prompt_tokens", "media_tokens", "output_tokens")
 
 
 class LedgerSink(Datasink[int]):  # type: ignore[misc]
-    """Commits rows to OUTPUT/<fingerprint>/ledger. `report` gets the counts of each part."""
+    """Commits rows to OUTPUT/<fingerprint>/ledger, in parts called `name` and a number.
+
+    `report` gets the counts of each part.
+    """
 
     def __init__(
         self,
         store: Store,
-        run_id: str,
+        name: str,
         rows_per_part: int,
         report: Callable[[dict[str, float]], None],
     ) -> None:
         self._store = store
-        self._run_id = run_id
+        self._name = name
         self._rows_per_part = rows_per_part
         self._report = report
 
@@ -70,9 +73,7 @@ class LedgerSink(Datasink[int]):  # type: ignore[misc]
         if not tables:
             return 0
         table = pa.concat_tables(tables)
-        self._store.write(
-            f"{FOLDER}/{self._run_id}-{ctx.task_idx:06d}.parquet", parquet_bytes(table)
-        )
+        self._store.write(f"{FOLDER}/{self._name}-{ctx.task_idx:06d}.parquet", parquet_bytes(table))
         self._report(part_counts(table))
         return int(table.num_rows)
 

@@ -7,7 +7,7 @@ the spans to do go to OUTPUT/<fingerprint>/plan as Parquet, from where every wor
              states, ledger               pipeline/ledger.py
              unfinished(FOUND + place)    assets with spans to do
              divided(asset_id, span_..)   their spans
-             todo(PLAN + place)           spans to do now
+             todo(PLAN + place)           spans to do now; media: those that are no summaries
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import duckdb
 import pyarrow as pa
 
 from operators.schema import FOUND, PLAN
-from operators.tracks import IMAGE
+from operators.tracks import IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.cluster import Connect
 from pipeline.config import Job
@@ -34,6 +34,7 @@ from pipeline.store import Store
 
 FOLDER = "plan"
 ROWS_A_PART = 16_384
+MEDIA = "media"
 MEMORY_LIMIT = "2GB"
 
 # Extensions that a prefix without input.include takes, by modality.
@@ -45,6 +46,10 @@ EXTENSIONS = {
     "audio": frozenset(
         {".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aiff", ".aif"}
         | {".amr", ".caf", ".mka", ".webm", ".mp4", ".mov", ".mkv", ".avi"}
+    ),
+    "video": frozenset(
+        {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"}
+        | {".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf"}
     ),
 }
 
@@ -118,12 +123,18 @@ def make_plan(
     db.execute("CREATE TABLE unfinished AS SELECT * FROM found ANTI JOIN finished USING (asset_id)")
     DIVIDE[job.modality](job, db, connect)
     db.execute(
-        """CREATE TABLE todo AS
+        """CREATE VIEW spans AS
         SELECT printf('%s-%05d-%s', asset_id, span_index, division) AS span_id,
                divided.* EXCLUDE (asset_id), unfinished.*
-        FROM unfinished JOIN divided USING (asset_id)
-        WHERE span_id NOT IN (SELECT span_id FROM sealed)"""
+        FROM unfinished JOIN divided USING (asset_id)"""
     )
+    db.execute("CREATE TABLE todo AS SELECT * FROM spans ANTI JOIN sealed USING (span_id)")
+    # a summary is told again with what it is about
+    db.execute(
+        f"""INSERT INTO todo SELECT * FROM spans SEMI JOIN todo USING (asset_id)
+        WHERE track = '{SUMMARY}' AND span_id IN (SELECT span_id FROM sealed)"""
+    )
+    db.execute(f"CREATE VIEW {MEDIA} AS SELECT * FROM todo WHERE track != '{SUMMARY}'")
     (before,) = _one(
         db,
         "SELECT coalesce(sum(span_count), 0) FROM finished SEMI JOIN found USING (asset_id)",
@@ -141,13 +152,15 @@ def make_plan(
     )
 
 
-def write_plan(db: duckdb.DuckDBPyConnection, store: Store, run_id: str) -> tuple[str, ...]:
-    """Put the spans to do into the store; returns the parts' names, in order."""
+def write_plan(
+    db: duckdb.DuckDBPyConnection, store: Store, run_id: str, spans: str
+) -> tuple[str, ...]:
+    """Put the rows of table `spans` into the store; returns the parts' names, in order."""
     columns = ", ".join(PLAN.names)
-    reader = db.sql(f"SELECT {columns} FROM todo ORDER BY place").to_arrow_reader(ROWS_A_PART)
+    reader = db.sql(f"SELECT {columns} FROM {spans} ORDER BY place").to_arrow_reader(ROWS_A_PART)
     names: list[str] = []
     for batch in reader:
-        name = f"{FOLDER}/{run_id}-{len(names):06d}.parquet"
+        name = f"{FOLDER}/{run_id}-{spans}-{len(names):06d}.parquet"
         store.write(name, parquet_bytes(pa.Table.from_batches([batch]).cast(PLAN)))
         names.append(name)
     return tuple(names)
@@ -168,6 +181,7 @@ def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
 DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection, Connect], None]] = {
     "image": one_span,
     "audio": divide_files,
+    "video": divide_files,
 }
 
 

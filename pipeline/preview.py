@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from functools import partial
 
 import duckdb
 from rich.console import Console
@@ -11,10 +13,10 @@ from operators.decode_image import probe_image
 from operators.errors import MediaError
 from operators.fetch import Fetch, Ref
 from operators.patchify import tokens
-from pipeline.cluster import cluster
-from pipeline.compute import cluster_nodes, compute
+from operators.prompts import Prompts, load_prompts
+from pipeline.cluster import cluster, cluster_nodes
+from pipeline.compute import compute
 from pipeline.config import Job
-from pipeline.graph import load_prompts
 from pipeline.plan import make_plan, scratch
 from pipeline.progress import listing
 from pipeline.run import folder_store, new_run_id
@@ -25,15 +27,16 @@ SAMPLE_FILES, HEADER_BYTES = 32, 256 << 10
 
 def preview(job: Job, console: Console) -> None:
     """Print counts, tokens and shares of a run. Raises SourceError as a run would."""
-    with scratch() as db, cluster() as connect:
+    say = partial(console.print, highlight=False)
+    with scratch() as db, cluster(job.limits.wait_for_workers_s, say) as connect:
         plan = make_plan(job, db, folder_store(job), new_run_id(), connect, listing(console))
         console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)
         if not plan.spans_todo:
             return
-        prompt = load_prompts(job)[job.modality]
-        text_tokens = len(prompt.head) + len(prompt.tail) + 2
+        prompts = load_prompts(job.model, job.prompt, job.video, job.instructions)
         sizes = _sample_sizes(job, db) if job.modality == "image" else []
-        _say_tokens(job, plan.spans_todo, text_tokens, sizes, console)
+        for line in _tokens(job, plan.spans_todo, prompts, sizes):
+            console.print(line, highlight=False)
         connect()
         pixels = statistics.fmean(width * height for width, height in sizes) if sizes else None
         megapixels = None if pixels is None else pixels / 1e6
@@ -42,27 +45,41 @@ def preview(job: Job, console: Console) -> None:
         console.print(reason, highlight=False)
 
 
-def _say_tokens(
-    job: Job, spans: int, text_tokens: int, sizes: list[tuple[int, int]], console: Console
-) -> None:
-    """Tokens of an image job, from the files that were looked at."""
-    if job.modality == "audio":
-        console.print(
-            f"tokens in: 25 a second of speech, and {text_tokens} of the prompt a window of at most"
-            f" {job.audio.window_s:g} s; tokens out: at most {job.answer_tokens} a window",
-            highlight=False,
+def _tokens(job: Job, spans: int, prompts: Prompts, sizes: list[tuple[int, int]]) -> Iterator[str]:
+    """What goes in and comes out; of an image job in all, from the files that were looked at."""
+    longest = {kind: asked.max_tokens for kind, asked in job.instructions.items()}
+    if image := prompts.get("image"):
+        budget, text_tokens = job.image.max_soft_tokens, len(image.head) + len(image.tail) + 2
+        counts = [tokens(height, width, budget) for width, height in sizes]
+        mean = statistics.fmean(counts) if counts else float(budget)
+        basis = (
+            f"{len(counts)} files looked at" if counts else "the budget; no header could be read"
         )
-        return
-    budget = job.image.max_soft_tokens
-    counts = [tokens(height, width, budget) for width, height in sizes]
-    media_tokens = statistics.fmean(counts) if counts else float(budget)
-    basis = f"{len(counts)} files looked at" if counts else "the budget; no header could be read"
-    console.print(
-        f"tokens in: about {spans * (text_tokens + media_tokens):,.0f} ({media_tokens:.0f} of the"
-        f" image, from {basis}, and {text_tokens} of the prompt, a file)\n"
-        f"tokens out: at most {spans * job.answer_tokens:,} ({job.answer_tokens} an answer)",
-        highlight=False,
-    )
+        yield (
+            f"tokens in: about {spans * (text_tokens + mean):,.0f} ({mean:.0f} of the image, from"
+            f" {basis}, and {text_tokens} of the prompt, a file)"
+        )
+        yield f"tokens out: at most {spans * longest['image']:,} ({longest['image']} an answer)"
+    if video := prompts.get("video"):
+        settings, text_tokens = job.video, len(video.head) + len(video.tail)
+        yield (
+            f"tokens in: at most {settings.max_soft_tokens} and a time for each of up to"
+            f" {settings.max_frames} frames ({settings.fps:g} a second), and {text_tokens} of the"
+            f" prompt, a segment of at most {settings.max_s:g} s; tokens out: at most"
+            f" {longest['video']} a segment"
+        )
+    if audio := prompts.get("audio"):
+        text_tokens = len(audio.head) + len(audio.tail) + 2
+        yield (
+            f"tokens in: 25 a second of speech, and {text_tokens} of the prompt a window of at most"
+            f" {job.audio.window_s:g} s; tokens out: at most {longest['audio']} a window"
+        )
+    if "text" in prompts:
+        room = job.model.max_model_len - longest["text"]
+        yield (
+            f"tokens in: at most {room:,} of captions and transcript a summary; tokens out: at most"
+            f" {longest['text']}"
+        )
 
 
 def _sample_sizes(job: Job, db: duckdb.DuckDBPyConnection) -> list[tuple[int, int]]:

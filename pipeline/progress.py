@@ -70,8 +70,9 @@ class Reporter:
 class Progress:
     """Turns readings of the tally into a line."""
 
-    def __init__(self, spans_todo: int, max_num_seqs: int) -> None:
+    def __init__(self, spans_todo: int, max_num_seqs: int, engines: int = 1) -> None:
         self._todo = spans_todo
+        self._engines = engines
         self._max_num_seqs = max_num_seqs
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
@@ -101,8 +102,8 @@ class Progress:
 
     def _waiting(self, now: dict[str, float]) -> str:
         engine_s = now.get("engine_s", 0.0) - self._last.get("engine_s", 0.0)
-        if not now.get("engines"):
-            return "engines are loading the model"
+        if (up := now.get("engines", 0.0)) < self._engines and engine_s <= 0:
+            return f"{up:.0f} of {self._engines} engines are up: nodes start, models load"
         if engine_s <= 0:
             return ""
         share = (now["open_s"] - self._last.get("open_s", 0.0)) / engine_s / self._max_num_seqs

@@ -123,7 +123,7 @@ PAGE = """<!doctype html>
  td.n, th.n { text-align: right; white-space: nowrap }
  .bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; background: #e6e9ef }
  .ok { background: #2e7d4f } .empty { background: #9aa4b2 } .partial { background: #d08700 }
- .failed { background: #b3261e }
+ .failed { background: #b3261e } .t { color: #5b6472; font-variant-numeric: tabular-nums }
 </style></head><body>
 <h1>{{ report.task }}: {{ report.model }}</h1>
 <p class="sub">run {{ report.run_id }}, fingerprint {{ report.fingerprint }},
@@ -163,6 +163,8 @@ PAGE = """<!doctype html>
 <table><tr><th></th><th>file</th><th>state</th><th>answer</th></tr>
 {% for row in answers %}<tr><td>{% if row.picture %}<img src="{{ row.picture }}" alt="">{% endif %}</td>
  <td>{{ row.uri }}</td><td>{{ row.status }}</td>
- <td>{{ row.text or row.error_code or "" }}</td></tr>{% endfor %}</table>
+ <td>{% for time, text in row.lines %}<div>{% if time %}<span class="t">{{ time }}</span> {% endif
+ %}{{ text }}</div>{% endfor %}{% if row.more %}<div class="sub">and {{ row.more }} more</div>{% endif %}
+ {{ row.error_code or "" }}</td></tr>{% endfor %}</table>
 </body></html>
 """

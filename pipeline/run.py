@@ -24,25 +24,30 @@ import ray.data
 import ray.exceptions
 from rich.console import Console
 
+from operators.prompts import Prompts, load_prompts
 from operators.requests import TextEngine
 from operators.stores import redact
 from pipeline import ledger
-from pipeline.assemble import Assembly, assemble, reconcile, write_marker
-from pipeline.cluster import cluster
-from pipeline.compute import Compute, cluster_nodes, compute
+from pipeline.assemble import RESULTS_FOLDER, Assembly, assemble, reconcile, write_marker
+from pipeline.cluster import BrokenRunError, Connect, Say, await_nodes, cluster, cluster_nodes
+from pipeline.compute import compute
 from pipeline.config import Job
-from pipeline.graph import SINK_CPUS, load_prompts, vllm_engine, way
-from pipeline.lease import Lease, LeasedStore
-from pipeline.plan import Plan, make_plan, scratch, write_plan
+from pipeline.graph import (
+    SINK_CPUS,
+    MediaStage,
+    media_stage,
+    summary_stage,
+    vllm_engine,
+    way,
+)
+from pipeline.lease import Lease, LeasedStore, OutdatedError
+from pipeline.plan import MEDIA, Plan, make_plan, scratch, write_plan
 from pipeline.progress import Progress, Reporter, listing, open_tally, shown
 from pipeline.report import write_latest, write_report, write_run
 from pipeline.source import SourceError
 from pipeline.store import Store
 from pipeline.strikes import open_book
-
-
-class BrokenRunError(Exception):
-    """A machine or our own code is broken, not a file. The message says what to do."""
+from pipeline.summaries import SUMMARIES, tell
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,31 @@ def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Fini
     LostSpansError or BrokenRunError; whatever was finished before stays in the ledger.
     """
     started = time.monotonic()
-    folder = folder_store(job)
     run_id = new_run_id()
-    with scratch() as db, _leased(job, run_id, console) as leased, cluster() as connect:
+    say: Say = partial(console.print, highlight=False)
+    with (
+        _leased(job, run_id, say) as leased,
+        cluster(job.limits.wait_for_workers_s, say) as connect,
+    ):
+        while True:
+            leased.look()
+            try:
+                return _attempt(job, run_id, leased, connect, console, engine, started)
+            except OutdatedError:
+                say("another run has worked on this output meanwhile: planning again")
+
+
+def _attempt(
+    job: Job,
+    run_id: str,
+    leased: LeasedStore,
+    connect: Connect,
+    console: Console,
+    engine: EngineFactory,
+    started: float,
+) -> Finished:
+    folder = folder_store(job)
+    with scratch() as db:
         console.print(f"job {job.fingerprint}: listing {redact(job.input.uri)}", highlight=False)
         plan = make_plan(job, db, folder, run_id, connect, listing(console))
         if plan.assets == 0 and not job.input.allow_empty:
@@ -81,10 +108,8 @@ def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Fini
         reading: dict[str, float] = {}
         if plan.spans_todo:
             write_run(leased, job, run_id, "running", versions(), None)
-            parts = write_plan(db, leased, run_id)
             connect()
-            reading = _work(job, folder, parts, plan, console, engine)
-            ledger.load(db, folder)
+            reading = _work(job, folder, leased, db, plan, console, engine)
         reconcile(db)
         assembly = assemble(job, db, leased, plan)
         seconds = time.monotonic() - started
@@ -94,51 +119,64 @@ def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Fini
 
 
 @contextmanager
-def _leased(job: Job, run_id: str, console: Console) -> Iterator[LeasedStore]:
+def _leased(job: Job, run_id: str, say: Say) -> Iterator[LeasedStore]:
     """The output folder for the driver's own writes; the first of them takes the lease."""
     uri, options = folder_uri(job), job.output.storage_options
-    say = partial(console.print, highlight=False)
     # As if the run had been told to stop: the job server's way, which ends Ray in order.
     stop = partial(_thread.interrupt_main, signal.SIGTERM)
-    with Lease(uri, options, run_id, say, stop) as lease:
-        yield LeasedStore(uri, options, lease)
+    wait_s = job.limits.wait_for_lease_s
+    with Lease(uri, options, run_id, say, stop, wait_s=wait_s) as lease:
+        yield LeasedStore(uri, options, lease, watched=(ledger.FOLDER, RESULTS_FOLDER))
+
+
+def _passes(
+    job: Job, db: duckdb.DuckDBPyConnection, prompts: Prompts
+) -> Iterator[tuple[str, MediaStage]]:
+    """(table of spans, their stage), each when the ledger has what was done before."""
+    yield MEDIA, media_stage(job, prompts)
+    if "text" in prompts:
+        tell(db)
+        yield SUMMARIES, summary_stage(prompts)
 
 
 def _work(
     job: Job,
     folder: Store,
-    parts: tuple[str, ...],
+    leased: LeasedStore,
+    db: duckdb.DuckDBPyConnection,
     plan: Plan,
     console: Console,
     engine: EngineFactory,
 ) -> dict[str, float]:
-    prompts = load_prompts(job)
-    shares: Compute = compute(job, cluster_nodes(), plan.spans_todo)
+    prompts = load_prompts(job.model, job.prompt, job.video, job.instructions)
+    shares = compute(job, cluster_nodes(), plan.spans_todo)
+    if shares.engine_gpus:  # there may be none yet, and the shares go by what a GPU node has
+        say: Say = partial(console.print, highlight=False)
+        nodes = await_nodes("GPU", shares.engines, job.limits.wait_for_workers_s, say)
+        shares = compute(job, nodes, plan.spans_todo)
     for reason in (*shares.reasons, *shares.warnings):
         console.print(f"  {reason}", highlight=False)
     tally, book = open_tally(), open_book()
     reporter = Reporter(tally)
-    rows = way(
-        job,
-        folder,
-        parts,
-        prompts,
-        engine(job),
-        plan.run_id,
-        shares,
-        book,
-        reporter,
-    )
-    sink = ledger.LedgerSink(folder, plan.run_id, shares.rows_per_part, reporter.counts)
-    progress = Progress(plan.spans_todo, job.engine.max_num_seqs)
+    progress = Progress(plan.spans_todo, job.engine.max_num_seqs, shares.engines)
     with shown(tally, progress, console) as read:
-        try:
-            rows.write_datasink(sink, ray_remote_args={"num_cpus": SINK_CPUS})
-        except ray.exceptions.RayError as error:
-            raise BrokenRunError(
-                f"{error}\nThe run broke: see above. What was finished is in the ledger; put it"
-                " right and run the job again"
-            ) from error
+        for name, stage in _passes(job, db, prompts):
+            parts = write_plan(db, leased, plan.run_id, name)
+            if not parts:
+                continue
+            rows = way(
+                job, folder, parts, stage, prompts, engine(job), plan.run_id, shares, book, reporter
+            )
+            part_name = f"{plan.run_id}-{name}"
+            sink = ledger.LedgerSink(folder, part_name, shares.rows_per_part, reporter.counts)
+            try:
+                rows.write_datasink(sink, ray_remote_args={"num_cpus": SINK_CPUS})
+            except ray.exceptions.RayError as error:
+                raise BrokenRunError(
+                    f"{error}\nThe run broke: see above. What was finished is in the ledger; put it"
+                    " right and run the job again"
+                ) from error
+            ledger.load(db, folder)
         reading = read() | {"engine_restarts": ray.get(book.restarts.remote())}
     console.print(progress.line(reading), highlight=False)
     return reading

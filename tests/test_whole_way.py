@@ -134,8 +134,9 @@ def test_a_recording_gives_its_words_with_their_times_whatever_the_spans(
             for segment in talk["segments"]
         ), word
     subtitles = finished.folder.names("subtitles")
-    assert len(subtitles) == 2
-    assert finished.folder.read(subtitles[1]).startswith(b"WEBVTT")
+    assert [name.rpartition(".")[2] for name in subtitles] == ["json", "srt", "vtt"]
+    assert finished.folder.read(subtitles[2]).startswith(b"WEBVTT")
+    assert json.loads(finished.folder.read(subtitles[0]))["text"] == talk["text"]
 
 
 def test_each_channel_is_a_transcript_of_its_own(nano: Path, bank: Bank, tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_each_channel_is_a_transcript_of_its_own(nano: Path, bank: Bank, tmp_pat
     names = finished.folder.names("subtitles")
     assert sorted(name.split(".", 1)[1] for name in names) == [
         *("c0.srt", "c0.srt", "c0.vtt", "c0.vtt"),
-        *("c1.srt", "c1.vtt"),
+        *("c1.srt", "c1.vtt", "json", "json"),
     ]
     spans = finished.accounts["spans"]
     assert spans["planned"] == spans["ok"] + spans["empty"] == 6

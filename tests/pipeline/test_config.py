@@ -32,7 +32,10 @@ def test_four_lines_are_a_job_and_the_defaults_are_the_12bs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("task: captoin\n", ["task", "'caption', 'transcribe' or 'custom'", "'captoin'"]),
+        (
+            "task: captoin\n",
+            ["task", "'caption', 'transcribe', 'describe-video' or 'custom'", "'captoin'"],
+        ),
         (MINIMAL + "image: {max_soft_tokens: 300}\n", ["image.max_soft_tokens", "280", "300"]),
         (MINIMAL + "image: {max_soft_token: 280}\n", ["image.max_soft_token", "no such field"]),
         (MINIMAL + "sampling: {temperature: hot}\n", ["sampling.temperature", "number", "'hot'"]),
@@ -125,3 +128,55 @@ def test_a_secret_is_not_quoted_in_an_error(tmp_path: Path) -> None:
         load_job(job_file(tmp_path), ["input.storage_options=s3cr3t", "input.secret_key=hunter2"])
     assert "hunter2" not in str(error.value)
     assert "s3cr3t" not in str(error.value)
+
+
+def test_a_video_job_asks_what_its_parts_ask(tmp_path: Path) -> None:
+    path = job_file(tmp_path)
+    video = ["task=describe-video"]
+    job = load_job(path, video)
+    assert [*job.instructions] == ["video"]
+    assert (job.modality, job.prompt_name) == ("video", "video-describe")
+    both = load_job(path, [*video, "video.transcribe=true", "video.summary=true"])
+    assert [*both.instructions] == ["video", "audio", "text"]
+    same = [
+        ["video.span_s=60"],
+        ["audio.language=English"],  # nobody asked for a transcript
+        ["image.max_soft_tokens=140"],
+        ["prompt.preset=video-describe"],
+    ]
+    assert {load_job(path, [*video, *one]).fingerprint for one in same} == {job.fingerprint}
+    others = [
+        ["video.fps=2"],
+        ["video.segment=fixed"],
+        ["video.max_frames=16"],
+        ["video.stamps=segment"],
+        ["video.summary=true"],
+        ["video.transcribe=true"],
+        ["video.transcribe=true", "audio.language=English"],
+        ["sampling.max_tokens=30"],
+    ]
+    found = {load_job(path, [*video, *one]).fingerprint for one in others}
+    assert len(found | {job.fingerprint}) == 9
+    # a transcript keeps its own length where the task's answer is limited
+    short = load_job(path, [*video, "video.transcribe=true", "sampling.max_tokens=30"])
+    lengths = {kind: asked.max_tokens for kind, asked in short.instructions.items()}
+    assert lengths == {"video": 30, "audio": both.instructions["audio"].max_tokens}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["engine.max_num_batched_tokens=2048"], "at least 2496"),
+        (["model.render=engine"], "is for images"),
+        (["prompt.preset=ocr"], "video-describe, video-dense"),
+        (["model.max_model_len=2048"], "no room for an answer"),
+        (["video.max_soft_tokens=280"], "no room for an answer"),
+        (["video.max_soft_tokens=100"], "70, 140 or 280"),
+        (["video.min_s=20"], "more than half of max_s"),
+    ],
+)
+def test_a_video_job_that_cannot_run_is_refused(
+    tmp_path: Path, wrong: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_job(job_file(tmp_path), ["task=describe-video", *wrong])

@@ -1,0 +1,49 @@
+"""The media stage for summaries: no media, but the texts that their assets' other spans gave.
+
+A batch of PLAN rows in, whose `variables` hold these texts (pipeline/summaries.py), the same rows as
+PREPARED out. Where there was nothing to see and nothing was said, the model is not asked.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from operators.errors import MediaError
+from operators.prepare_image import media_hash
+from operators.prepared import Row, Window, prepared_table
+from operators.prompt_summary import Line, SummaryPrompt
+from operators.schema import PLAN
+
+
+class Summaries:
+    """Callable on a batch; holds a prompt only, so it pickles."""
+
+    def __init__(self, prompt: SummaryPrompt) -> None:
+        self._prompt = prompt
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Table of PLAN -> table of PREPARED, same rows in the same order."""
+        # a block without any value in a column may come with type null
+        plan = batch.select(PLAN.names).cast(PLAN)
+        return prepared_table(plan, [self._row(asked) for asked in plan.to_pylist()])
+
+    def _row(self, asked: dict[str, Any]) -> Row:
+        started = time.perf_counter()
+        row = Row()
+        told = json.loads(asked["variables"])
+        lines = [Line(one["start_s"], one["text"]) for one in told["captions"]]
+        lines += [Line(one["start_s"], one["text"], True) for one in told["transcript"]]
+        try:
+            if lines:
+                ids = self._prompt.window(lines).token_ids
+                row.windows = [Window(ids, b"", 0, 0, media_hash(b"", 0, 0))]
+            elif told["failed"] is not None:
+                row.error = MediaError(told["failed"], "nothing to tell of: every span failed")
+        except MediaError as error:
+            row.error = error
+        row.prepare_s = time.perf_counter() - started
+        return row

@@ -1,0 +1,118 @@
+"""The media stage for the pictures of a video: a span to one window a segment.
+
+Which segments there are depends on file and settings only (shots.py). A segment's frames are decoded,
+patchified and stamped with their times; what it lacks of them is a gap that the span names.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from operators.decode_video import Frame, decode_frames
+from operators.errors import MediaError
+from operators.prepare_video import prepare_video
+from operators.prepared import Row, Window, check_division
+from operators.probe_video import VideoFacts, probe_video
+from operators.prompt_video import VideoPrompt
+from operators.sample_frames import sample_times
+from operators.settings import VideoSettings
+from operators.shots import Segment, segments, spans
+from operators.stitch import clock
+
+# Of whole pictures held at once: 82 of 1920x1080, 20 of 3840x2160.
+MOST_PIXEL_BYTES = 1 << 29
+# Gaps that a message names; more are counted.
+NAMED_GAPS = 5
+
+
+class PrepareFrames:
+    """A span of a video's pictures to its windows (media_files.Prepare)."""
+
+    def __init__(self, video: VideoSettings, prompt: VideoPrompt) -> None:
+        self._video = video
+        self._prompt = prompt
+
+    def __call__(self, row: Row, path: str, asked: dict[str, Any]) -> None:
+        """Raises MediaError where not one picture of the span can be had."""
+        started = time.perf_counter()
+        facts = probe_video(path, self._video)
+        row.duration_s = facts.duration_s
+        row.width_px, row.height_px = facts.display_size
+        check_division(asked, len(spans(facts.duration_s, self._video)))
+        wanted = segments(path, facts, asked["track_index"], self._video)
+        variables = json.loads(asked["variables"]) if asked["variables"] else None
+        row.prepare_s = 0.0
+        gaps = []
+        for segment, frames, missing in self._frames(path, facts, wanted):
+            prepare_started = time.perf_counter()
+            if frames:
+                row.windows.append(self._window(segment, frames, variables))
+            if missing:
+                gaps.append(f"{clock(segment.start_s)}-{clock(segment.end_s)} {missing}")
+            row.prepare_s += time.perf_counter() - prepare_started
+        row.decode_s = time.perf_counter() - started - row.prepare_s
+        if gaps:
+            more = f" and {len(gaps) - NAMED_GAPS} more" if len(gaps) > NAMED_GAPS else ""
+            message = "pictures are missing: " + ", ".join(gaps[:NAMED_GAPS]) + more
+            row.gap = MediaError("decode.corrupt", message)
+            if not row.windows:
+                raise row.gap
+
+    def _frames(
+        self, path: str, facts: VideoFacts, wanted: Sequence[Segment]
+    ) -> Iterator[tuple[Segment, list[Frame], str]]:
+        """(segment, its frames, what is missing of them), some segments decoded together."""
+        for group in self._groups(facts, wanted):
+            times = [self._times(segment) for segment in group]
+            asked = [time_s for segment_times in times for time_s in segment_times]
+            try:
+                decoded = iter(decode_frames(path, facts, asked, self._video))
+            except MediaError as error:
+                if error.code != "decode.corrupt":
+                    raise
+                yield from ((segment, [], error.message) for segment in group)
+                continue
+            for segment, segment_times in zip(group, times, strict=True):
+                found = [next(decoded) for _ in segment_times]
+                frames = [one for one in found if isinstance(one, Frame)]
+                lost = len(found) - len(frames)
+                yield segment, frames, f"{lost} of {len(found)}" if lost else ""
+
+    def _groups(self, facts: VideoFacts, wanted: Sequence[Segment]) -> Iterator[list[Segment]]:
+        width, height = facts.display_size
+        group: list[Segment] = []
+        held = 0
+        for segment in wanted:
+            size = len(self._times(segment)) * width * height * 3
+            if group and held + size > MOST_PIXEL_BYTES:
+                yield group
+                group, held = [], 0
+            group.append(segment)
+            held += size
+        if group:
+            yield group
+
+    def _times(self, segment: Segment) -> list[float]:
+        return sample_times(*segment, self._video.fps, self._video.max_frames)
+
+    def _window(
+        self, segment: Segment, frames: Sequence[Frame], variables: dict[str, str] | None
+    ) -> Window:
+        made = prepare_video(
+            [frame.pixels for frame in frames],
+            [frame.time_s for frame in frames],
+            segment.start_s,
+            self._video,
+        )
+        return Window(
+            tokens=self._prompt.window(made.columns * made.rows, made.stamps_s, variables),
+            media=made.media,
+            columns=made.columns,
+            rows=made.rows,
+            media_hash=made.media_hash,
+            start_s=segment.start_s,
+            end_s=segment.end_s,
+        )
