@@ -60,8 +60,9 @@ def _terminate(number: int, frame: object) -> None:
 def _run(options: argparse.Namespace, console: Console) -> int:
     from jobs.table import print_answers
     from pipeline.assemble import LostSpansError
+    from pipeline.cluster import BrokenRunError
     from pipeline.lease import LeaseError
-    from pipeline.run import BrokenRunError, run
+    from pipeline.run import run
     from pipeline.source import SourceError
 
     job = load_job(options.job, options.set)
@@ -96,6 +97,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.cluster import BrokenRunError
     from pipeline.preview import preview
     from pipeline.source import SourceError
 
@@ -103,6 +105,9 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         preview(load_job(options.job, options.set), console)
     except SourceError as error:
         return _refuse(str(error))
+    except BrokenRunError as error:
+        print(error, file=sys.stderr)
+        return BROKEN
     return FINISHED
 
 

@@ -145,10 +145,11 @@ def _disagreement(a: Output, b: Output, only_finished: bool) -> Scores:
 
 def _sweep(options: argparse.Namespace, console: Console, engine: EngineFactory | None) -> int:
     from pipeline.assemble import LostSpansError
+    from pipeline.cluster import BrokenRunError
     from pipeline.graph import vllm_engine
     from pipeline.lease import LeaseError
     from pipeline.references import read_references
-    from pipeline.run import BrokenRunError, run
+    from pipeline.run import run
     from pipeline.source import SourceError
     from pipeline.sweep import sweep, swept_jobs
 

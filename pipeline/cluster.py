@@ -1,27 +1,45 @@
-"""Ray, connected when it is first needed: a run with nothing to do never starts it."""
+"""Ray, connected when it is first needed: a run with nothing to do never starts it.
+
+A cluster may be there before its workers are: their pool starts at zero, a spot node was taken away, or
+`ray start` of the head comes first. So what a run needs is asked for and waited for, in words and not
+without end.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import ray
 import ray.data
+import ray.exceptions
+
+from pipeline.compute import Node
 
 # A cold start of the 12B (download, load, graph capture) can take a quarter of an hour; Ray's own
 # limit of 30 minutes without progress would then end a healthy run.
 NO_PROGRESS_TIMEOUT_S = 7200
+# How often a run that waits for workers says so, and looks.
+SAY_EVERY_S, LOOK_EVERY_S = 30.0, 0.5
 
 Connect = Callable[[], None]
+Say = Callable[[str], None]
+
+
+class BrokenRunError(Exception):
+    """A machine, the cluster or our own code is broken, not a file. The message says what to do."""
 
 
 @contextmanager
-def cluster() -> Iterator[Connect]:
+def cluster(wait_s: float, say: Say) -> Iterator[Connect]:
     """Yields `connect`, which may be called often: the cluster whose address the environment gives,
-    else one on this machine. What it started ends with the block."""
+    else one on this machine, with at least one node that has a CPU to give. What it started ends with
+    the block. `connect` raises BrokenRunError when no such node came within `wait_s`.
+    """
     mine = False
 
     def connect() -> None:
@@ -30,12 +48,76 @@ def cluster() -> Iterator[Connect]:
             mine = True
             _start()
         _configure()
+        await_nodes("CPU", 1, wait_s, say)
 
     try:
         yield connect
     finally:
         if mine:
             ray.shutdown()
+
+
+def await_nodes(resource: str, units: int, wait_s: float, say: Say) -> tuple[Node, ...]:
+    """The nodes of the cluster, once one of them has a whole CPU or GPU to its name.
+
+    Where none has, `units` of it are asked for: tasks that wait for a place are what an autoscaler goes
+    by, and unlike `request_resources` they do not overwrite what Ray Data or another job asks for. They
+    do nothing when they get one.
+    """
+    nodes = cluster_nodes()
+    if _has(resource, nodes):
+        return nodes
+    say(f"no node with a {resource} yet: asking for {units}, waiting at most {wait_s:g} s")
+    began = said = time.monotonic()
+    share = {"num_gpus": 1, "num_cpus": 0} if resource == "GPU" else {"num_cpus": 1}
+    ask = ray.remote(_nothing).options(max_retries=0, **share)
+    asked = [ask.remote() for _ in range(units)]
+    try:
+        while not _has(resource, nodes):
+            now = time.monotonic()
+            if now - began > wait_s:
+                raise BrokenRunError(
+                    f"no node with a {resource} joined the cluster within {wait_s:g} s"
+                    " (limits.wait_for_workers_s). `ray status` on the head says what its autoscaler"
+                    " is waiting for. Nothing is lost: run the job again"
+                )
+            if now - said > SAY_EVERY_S:
+                said = now
+                say(f"still no node with a {resource} after {now - began:.0f} s: {_sum_of(nodes)}")
+            time.sleep(LOOK_EVERY_S)
+            nodes = cluster_nodes()
+    finally:
+        for task in asked:
+            with suppress(ray.exceptions.RayError):
+                ray.cancel(task)
+    say(f"workers after {time.monotonic() - began:.0f} s: {_sum_of(nodes)}")
+    return nodes
+
+
+def cluster_nodes() -> tuple[Node, ...]:
+    """The nodes of the connected cluster that are alive now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(
+        Node(
+            cpus=resources.get("CPU", 0.0),
+            gpus=int(resources.get("GPU", 0.0)),
+            object_store_bytes=resources.get("object_store_memory", 0.0),
+        )
+        for resources in alive
+    )
+
+
+def _nothing() -> None:
+    """Waits for its share of a node, and has no other purpose."""
+
+
+def _has(resource: str, nodes: Sequence[Node]) -> bool:
+    return any((node.gpus if resource == "GPU" else node.cpus) >= 1 for node in nodes)
+
+
+def _sum_of(nodes: Sequence[Node]) -> str:
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    return f"{len(nodes)} nodes with {cpus:g} CPUs and {gpus} GPUs are there"
 
 
 def _start() -> None:

@@ -7,16 +7,15 @@ whatever the engines take, and an engine asks for no more CPU than its own node 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import ray
 
 from operators.frames import SAMPLE_RATE_HZ
 from operators.patchify import PATCH_VALUES
 from operators.windows import STEP
-from pipeline.config import ConfigError, Job, ResourcesConfig
+from pipeline.config import ConfigError, Job
 
 # Blocks of some MB: small enough to flow, large enough that the driver's books stay short.
 BLOCK_BYTES = 32 << 20
@@ -29,6 +28,12 @@ MIN_ROWS_A_PART, MAX_PARTS = 64, 10_000
 MEGAPIXELS, MEDIA_MS = (0.3, 2.0, 12.0), (2.7, 11.5, 57.2)
 # Where nobody has looked: a photo as the web has them.
 USUAL_MEGAPIXELS = 2.0
+# CPU seconds an hour of sound, one core, measured: probe, decode and voice activity of eight files
+# took 8.5 to 17.6; long compressed ones 13.
+SOUND_S_AN_HOUR = 13.0
+# CPU milliseconds a second of 720p H.264 that is decoded whole, one core, measured (8.7 s for five
+# minutes), and those of a frame that is kept: resize, patches and hash of 1 MP.
+VIDEO_MS, FRAME_MS = 29.0, 2.0
 
 # Tokens a second of one engine, the 12B in bf16 on an 80 GB card. An estimate, not a measurement:
 # prefill is 24 GFLOP a token at 400 TFLOPS; a decode step of 256 answers reads 24 GB of weights and
@@ -36,6 +41,12 @@ USUAL_MEGAPIXELS = 2.0
 PREFILL_TOKENS_S, DECODE_TOKENS_S = 16_000, 12_000
 # Answers end before their limit; half of it is what dense captions take.
 ANSWER_SHARE, PROMPT_TOKENS = 0.5, 50
+# A second of sound is 25 frames of 40 ms; of speech, 150 words a minute at 1.4 tokens a word.
+FRAMES_S, SPOKEN_TOKENS_S = 25, 3.5
+
+# A GPU that is not there yet costs minutes (a node, an image, 24 GB of weights) before its engine
+# answers: it is asked for where it finds at least as much work.
+ENGINE_START_S = 600.0
 
 # CPUs for an engine, best first. With a GPU its front process and the tensors fill most of one; the
 # quarter that is left lets answers be committed on the engine's own node, where media tasks hold every
@@ -67,6 +78,17 @@ class Compute:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Load:
+    """What one unit of a modality takes: seconds of a core to prepare, seconds of an 80 GB card."""
+
+    rate: str  # how units a second are called
+    media_s: float
+    engine_s: float
+    units_a_span: float
+    basis: str
+
+
 def compute(
     job: Job, nodes: Sequence[Node], spans: int, megapixels: float | None = None
 ) -> Compute:
@@ -75,15 +97,16 @@ def compute(
     `megapixels`: the mean of the input, where it is known. Raises ConfigError where the cluster
     cannot run the job at all.
     """
-    resources, engine, image = job.resources, job.engine, job.image
+    resources, engine = job.resources, job.engine
     gpus = sum(node.gpus for node in nodes)
     on_gpu = gpus > 0 if resources.accelerator == "auto" else resources.accelerator == "gpu"
-    engines = _engines(resources, gpus, on_gpu)
+    load = LOADS[job.modality](job, megapixels)
+    engines, why = _engines(job, gpus, on_gpu, spans * load.units_a_span * load.engine_s)
     engine_cpus = _engine_cpus(nodes, engines, on_gpu)
     row_bytes, windows = _row(job)
     rows = resources.rows_per_block or max(1, min(64, BLOCK_BYTES // row_bytes))
     wanted = math.ceil(1.25 * engine.max_num_seqs / (rows * windows)) + 1
-    store_bytes = sum(node.object_store_bytes for node in nodes)
+    store_bytes = _store_bytes(nodes, engines if on_gpu else 0)
     # Ray Data gives the engine's operator a share of half the store; a quarter of that is safe.
     room = int(store_bytes / 8 / engines / (rows * row_bytes)) if store_bytes else wanted
     calls = max(2, min(wanted, room))
@@ -93,11 +116,8 @@ def compute(
     else:
         left = cpus - engine_cpus * engines
     workers = min(left, resources.media_workers or left)
-    where = "one a GPU" if on_gpu else "no GPU: vLLM on the CPU"
-    if on_gpu and engines > gpus:
-        where = f"{gpus} GPUs are there now, the rest comes with the autoscaler"
     reasons = [
-        f"engines: {engines} ({where}), {engine_cpus:g} CPU each",
+        f"engines: {engines} ({why}), {engine_cpus:g} CPU each",
         f"rows a block: {rows} (at most {row_bytes / 1e6:.1f} MB a row, blocks near"
         f" {BLOCK_BYTES >> 20} MB)",
         f"calls an engine: {calls} x {rows} rows of {windows} windows in flight for"
@@ -107,22 +127,25 @@ def compute(
         " are theirs",
     ]
     warnings = []
-    if on_gpu and job.modality == "image":
-        mean = megapixels or USUAL_MEGAPIXELS
-        media_rate = workers * 1000 / float(np.interp(mean, MEGAPIXELS, MEDIA_MS))
-        rate = engines * _images_s(image.max_soft_tokens, job.answer_tokens)
-        basis = "of the files looked at" if megapixels else "assumed"
+    if on_gpu:
+        media_rate, rate = workers / load.media_s, engines / load.engine_s
         reasons.append(
-            f"media: about {media_rate:,.0f} images/s from {workers:g} CPUs ({mean:.1f} MP {basis});"
-            f" engines: about {rate:,.0f} images/s (an estimate for an 80 GB card)"
+            f"media: about {media_rate:,.0f} {load.rate} from {workers:g} CPUs ({load.basis});"
+            f" engines: about {rate:,.0f} (an estimate for an 80 GB card)"
         )
         if media_rate < rate:
-            needed = math.ceil(workers * rate / media_rate)
             warnings.append(
-                f"warning: the CPUs cannot feed the GPUs: about {media_rate:,.0f} images/s prepared,"
-                f" {rate:,.0f} wanted. {engines} engines need some {needed} CPUs for media, there"
-                f" are {workers:g}" + (" (resources.media_workers)" if workers < left else "")
+                f"warning: the CPUs cannot feed the GPUs: about {media_rate:,.0f} {load.rate} prepared,"
+                f" {rate:,.0f} wanted. {engines} engines need some"
+                f" {math.ceil(load.media_s * rate)} CPUs for media, there are {workers:g}"
+                + (" (resources.media_workers)" if workers < left else " now")
             )
+    elif resources.accelerator == "auto" and len(nodes) > 1:
+        warnings.append(
+            "warning: no GPU in the cluster, so vLLM runs on the CPU, which is for trials. Where an"
+            " autoscaler brings GPUs, set resources.accelerator to gpu and resources.engines to how"
+            " many; where none is meant, set resources.accelerator to cpu"
+        )
     return Compute(
         engines=engines,
         engine_cpus=engine_cpus,
@@ -136,35 +159,84 @@ def compute(
     )
 
 
-def cluster_nodes() -> tuple[Node, ...]:
-    """The nodes of the connected cluster that are alive now."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(
-        Node(
-            cpus=resources.get("CPU", 0.0),
-            gpus=int(resources.get("GPU", 0.0)),
-            object_store_bytes=resources.get("object_store_memory", 0.0),
-        )
-        for resources in alive
+def image_load(job: Job, megapixels: float | None) -> Load:
+    """An image: decode, resize and patches; prefill of its tokens and half of the longest answer."""
+    mean = megapixels or USUAL_MEGAPIXELS
+    prefill_s = (job.image.max_soft_tokens + PROMPT_TOKENS) / PREFILL_TOKENS_S
+    return Load(
+        rate="images/s",
+        media_s=float(np.interp(mean, MEGAPIXELS, MEDIA_MS)) / 1000,
+        engine_s=prefill_s + ANSWER_SHARE * job.answer_tokens / DECODE_TOKENS_S,
+        units_a_span=1.0,
+        basis=f"{mean:.1f} MP {'of the files looked at' if megapixels else 'assumed'}",
     )
 
 
-def _engines(resources: ResourcesConfig, gpus: int, on_gpu: bool) -> int:
+def audio_load(job: Job, megapixels: float | None) -> Load:
+    """A second of sound, as if somebody spoke all the time: where nobody does, engines idle sooner."""
+    prefill_s = (FRAMES_S + PROMPT_TOKENS / job.audio.window_s) / PREFILL_TOKENS_S
+    return Load(
+        rate="hours of sound an hour",
+        media_s=SOUND_S_AN_HOUR / 3600,
+        engine_s=prefill_s + SPOKEN_TOKENS_S / DECODE_TOKENS_S,
+        units_a_span=job.audio.span_s,
+        basis="somebody speaks all the time",
+    )
+
+
+def video_load(job: Job, megapixels: float | None) -> Load:
+    """A second of 720p, its segments of middling length; with its sound, where that is asked for."""
+    video = job.video
+    segment_s = (video.min_s + video.max_s) / 2
+    media_s = (VIDEO_MS + video.fps * FRAME_MS) / 1000
+    prefill_s = (video.fps * video.max_soft_tokens + PROMPT_TOKENS / segment_s) / PREFILL_TOKENS_S
+    engine_s = prefill_s + ANSWER_SHARE * job.answer_tokens / segment_s / DECODE_TOKENS_S
+    if video.transcribe:
+        sound = audio_load(job, None)
+        media_s, engine_s = media_s + sound.media_s, engine_s + sound.engine_s
+    return Load(
+        rate="hours of video an hour",
+        media_s=media_s,
+        engine_s=engine_s,
+        units_a_span=video.span_s,
+        basis="720p, every frame decoded",
+    )
+
+
+# What a unit of each modality takes.
+LOADS: dict[str, Callable[[Job, float | None], Load]] = {
+    "image": image_load,
+    "audio": audio_load,
+    "video": video_load,
+}
+
+
+def _engines(job: Job, gpus: int, on_gpu: bool, work_s: float) -> tuple[int, str]:
+    """How many, and why. `work_s`: seconds that one engine would take for all of it."""
+    asked = job.resources.engines
     if not on_gpu:
-        return resources.engines or 1
-    if resources.engines is None:
+        return asked or 1, "no GPU: vLLM on the CPU"
+    if asked is None:
         if gpus == 0:
             raise ConfigError(
                 "resources.engines: say how many; the cluster has no GPU now, so with"
                 " resources.accelerator gpu nobody can tell how many the autoscaler may bring"
             )
-        return gpus
-    if resources.accelerator == "auto" and resources.engines > gpus:
+        return gpus, "one a GPU"
+    if asked <= gpus:
+        return asked, "one a GPU" if asked == gpus else f"resources.engines, of {gpus} GPUs"
+    if job.resources.accelerator == "auto":
         raise ConfigError(
-            f"resources.engines is {resources.engines}; the cluster has {gpus} GPUs. Where the"
+            f"resources.engines is {asked}; the cluster has {gpus} GPUs. Where the"
             " autoscaler brings more, set resources.accelerator to gpu"
         )
-    return resources.engines
+    worth = max(gpus, 1, math.ceil(work_s / ENGINE_START_S))
+    if worth < asked:
+        return worth, (
+            f"not {asked}: the work is some {work_s / 60:,.0f} minutes of one GPU, and a further one"
+            f" takes {ENGINE_START_S / 60:.0f} to start; {gpus} GPUs are there now"
+        )
+    return asked, f"{gpus} GPUs are there now, the rest comes with the autoscaler"
 
 
 def _engine_cpus(nodes: Sequence[Node], engines: int, on_gpu: bool) -> float:
@@ -183,15 +255,23 @@ def _engine_cpus(nodes: Sequence[Node], engines: int, on_gpu: bool) -> float:
     )
 
 
+def _store_bytes(nodes: Sequence[Node], engines: int) -> float:
+    """Object stores of the nodes, those of GPU nodes that are still to come included."""
+    there = sum(node.object_store_bytes for node in nodes)
+    with_gpu = [node for node in nodes if node.gpus]
+    gpus = sum(node.gpus for node in with_gpu)
+    if not gpus or engines <= gpus:
+        return there
+    return there + (engines - gpus) * sum(node.object_store_bytes for node in with_gpu) / gpus
+
+
 def _row(job: Job) -> tuple[int, int]:
-    """(bytes, windows) that a row may have: an image, or a span of speech without a pause."""
+    """(bytes, windows) that a row may have: an image, a span of speech without a pause, or of video."""
     if job.modality == "audio":
         windows = max(1, round(job.audio.span_s / (STEP * job.audio.window_s)))
         return round(job.audio.span_s * SAMPLE_RATE_HZ) * 4, windows
+    if job.modality == "video":
+        frames = math.ceil(job.video.span_s * job.video.fps)
+        windows = max(1, round(job.video.span_s / job.video.max_s))
+        return frames * job.video.max_soft_tokens * PATCH_VALUES, windows
     return job.image.max_soft_tokens * PATCH_VALUES, 1
-
-
-def _images_s(media_tokens: int, answer_tokens: int) -> float:
-    """Images a second of one engine, by the constants above."""
-    prefill_s = (media_tokens + PROMPT_TOKENS) / PREFILL_TOKENS_S
-    return 1 / (prefill_s + ANSWER_SHARE * answer_tokens / DECODE_TOKENS_S)

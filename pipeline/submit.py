@@ -7,6 +7,7 @@ the code of its image; either way the job file travels along as job.yaml.
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 import shutil
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -28,10 +30,18 @@ JOB_FILE = "job.yaml"
 # The job server's own grace between SIGTERM and SIGKILL is 3 s: too short for a far-away store.
 STOP_WAIT_S = 30
 POLL_S = 1.0
+# A dashboard that starts again, a proxy in between: the job goes on meanwhile. As long as KubeRay's
+# operator takes to call a job lost.
+PATIENCE_S = 300.0
+PROXY_FAULT = re.compile(r"status code 50[234]")
 
 
 class SubmitError(Exception):
     """No job server, or it knows no such job."""
+
+
+class SilentError(SubmitError):
+    """The job server does not answer now."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,8 @@ class JobServer:
                 f"{self._address}: the cluster wants its token: set RAY_AUTH_MODE=token, and"
                 " RAY_AUTH_TOKEN or ~/.ray/auth_token to the token of the cluster"
             ) from error
-        except (ConnectionError, RuntimeError) as error:
-            raise SubmitError(f"{self._address}: no Ray job server: {error}") from error
+        except (OSError, RuntimeError) as error:
+            raise SilentError(f"{self._address}: no Ray job server: {error}") from error
 
     def submit(
         self,
@@ -106,28 +116,58 @@ class JobServer:
         self._ask(lambda: self._client.stop_job(job_id))
 
     def wait(self, job_id: str) -> State:
-        """Block until the job has ended."""
-        while not (state := self.state(job_id)).ended:
+        """Block until the job has ended. A silent server is waited for, PATIENCE_S."""
+        while not (state := self._patient_state(job_id)).ended:
             time.sleep(POLL_S)
         return state
 
     def follow(self, job_id: str, say: Callable[[str], None]) -> State:
-        """Hand on what the job prints until it ends."""
+        """Hand on what the job prints until it ends, each line once, whatever the connection does."""
+        self.state(job_id)  # an unknown id is told apart from a connection that closed
+        said = 0
 
         async def tail() -> None:
+            nonlocal said
+            place = 0  # the stream always starts with the first line
             async for lines in self._client.tail_job_logs(job_id):
-                say(lines)
+                place += len(lines)
+                if place > said:
+                    say(lines[said - place :])
+                    said = place
 
-        self.state(job_id)  # an unknown id is told apart from a connection that closed
-        asyncio.run(tail())
-        # The stream also ends when a proxy loses patience: what counts is the job's state.
-        return self.wait(job_id)
+        ended = False
+        while True:
+            try:
+                asyncio.run(tail())
+                whole = True
+            except (OSError, RuntimeError, aiohttp.ClientError):
+                whole = False
+            # The stream also ends when a proxy loses patience: what counts is the job's state.
+            state = self._patient_state(job_id)
+            if state.ended and (whole or ended):
+                return state
+            ended = state.ended
+            time.sleep(POLL_S)
+
+    def _patient_state(self, job_id: str) -> State:
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.state(job_id)
+            except SilentError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(POLL_S)
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         try:
             return request()
-        except (ConnectionError, RuntimeError) as error:
-            raise SubmitError(f"{self._address}: {error}") from error
+        except OSError as error:  # requests' own errors are such
+            raise SilentError(f"{self._address}: no Ray job server: {error}") from error
+        except RuntimeError as error:
+            # Ray has no type of its own for an answer of a proxy whose server is away.
+            kind = SilentError if PROXY_FAULT.search(str(error)) else SubmitError
+            raise kind(f"{self._address}: {error}") from error
 
 
 def entrypoint(overrides: Sequence[str]) -> str:

@@ -19,6 +19,9 @@ from tempfile import mkdtemp
 import pytest
 import yaml
 
+from jobs.exits import HELD, REFUSED, TOO_MANY_FAILED
+from pipeline.lease import TTL_S
+
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = (ROOT / "deploy/setup").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -182,6 +185,32 @@ def test_the_schedules_call_what_exists() -> None:
         assert helped.returncode == 0
         for word in options:
             assert not word.startswith("--") or word in helped.stdout
+
+
+def test_the_service_knows_the_exit_codes() -> None:
+    service = (ROOT / "deploy/schedule/polyscribe.service").read_text()
+    assert re.findall(r"^SuccessExitStatus=(.*)$", service, re.MULTILINE) == [str(HELD)]
+    prevented = re.findall(r"^RestartPreventExitStatus=(.*)$", service, re.MULTILINE)
+    assert prevented == [f"{REFUSED} {TOO_MANY_FAILED}"]
+    (minutes,) = re.findall(r"^RestartSec=(\d+)min$", service, re.MULTILINE)
+    assert int(minutes) * 60 > TTL_S
+
+
+def test_systemd_takes_the_service_and_the_timer(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed: the units were NOT checked with it")
+    for name in ("polyscribe.service", "polyscribe.timer"):
+        unit = (ROOT / "deploy/schedule" / name).read_text()
+        # its program is not installed here
+        (tmp_path / name).write_text(re.sub(r"(?m)^ExecStart=\S+", "ExecStart=/bin/true", unit))
+    ended = subprocess.run(
+        ["systemd-analyze", "verify", *sorted(tmp_path.iterdir())], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    (calendar,) = re.findall(
+        r"^OnCalendar=(.*)$", (tmp_path / "polyscribe.timer").read_text(), re.MULTILINE
+    )
+    subprocess.run(["systemd-analyze", "calendar", calendar], check=True, capture_output=True)
 
 
 @pytest.mark.ray

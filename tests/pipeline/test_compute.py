@@ -21,7 +21,7 @@ def job(**sections: Any) -> Job:
 
 
 def shares(*nodes: Node, megapixels: float | None = None, **resources: Any) -> Compute:
-    return compute(job(resources=resources), nodes, 100_000, megapixels)
+    return compute(job(resources=resources), nodes, 1_000_000, megapixels)
 
 
 HEAD = Node(cpus=0, gpus=0)
@@ -81,8 +81,32 @@ def test_more_engines_than_gpus_only_where_the_autoscaler_brings_them() -> None:
     from_zero = shares(HEAD, Node(64, 0), accelerator="gpu", engines=8)
     assert (from_zero.engines, from_zero.engine_gpus) == (8, 1.0)
     assert "0 GPUs are there now, the rest comes with the autoscaler" in from_zero.reasons[0]
+    some = shares(HEAD, Node(64, 0), Node(0, 1), accelerator="gpu", engines=8)
+    assert "1 GPUs are there now, the rest comes with the autoscaler" in some.reasons[0]
     without = shares(Node(64, 8), accelerator="cpu")
     assert (without.engines, without.engine_gpus) == (1, 0.0)
+    fewer = shares(Node(64, 8), engines=2)
+    assert "2 (resources.engines, of 8 GPUs)" in fewer.reasons[0]
+
+
+@pytest.mark.parametrize(("spans", "engines"), [(1, 1), (20_000, 2), (50_000, 4), (10**6, 8)])
+def test_gpus_that_are_not_there_yet_are_asked_for_as_far_as_the_work_is_worth(
+    spans: int, engines: int
+) -> None:
+    """A night with ten new pictures must not start eight GPUs for ten minutes each."""
+    elastic = job(resources={"accelerator": "gpu", "engines": 8})
+    got = compute(elastic, [HEAD, Node(64, 0)], spans)
+    assert got.engines == engines
+    assert ("not 8: the work is some" in got.reasons[0]) == (engines < 8)
+    # Those that are there cost nothing more.
+    assert compute(elastic, [HEAD, Node(64, 0), Node(0, 8)], spans).engines == 8
+
+
+def test_an_engine_on_the_cpu_of_a_cluster_is_said_to_be_for_trials() -> None:
+    (warning,) = shares(HEAD, Node(16, 0)).warnings
+    assert "set resources.accelerator to gpu and resources.engines" in warning
+    assert shares(HEAD, Node(16, 0), accelerator="cpu").warnings == ()
+    assert shares(Node(16, 0)).warnings == ()  # one machine: there is nothing else
 
 
 def test_a_cpu_pool_that_cannot_feed_its_gpus_is_said() -> None:
@@ -98,6 +122,29 @@ def test_a_cpu_pool_that_cannot_feed_its_gpus_is_said() -> None:
     assert shares(Node(2, 0), megapixels=12.0).warnings == ()  # no GPU, nothing to starve
 
 
+@pytest.mark.parametrize(
+    ("task", "unit", "cpus"),
+    [("transcribe", "hours of sound an hour", 2), ("describe-video", "hours of video an hour", 6)],
+)
+def test_so_it_is_of_sound_and_of_video(task: str, unit: str, cpus: int) -> None:
+    """Cores that one engine wants: sound 277 times real time a core, 485 an engine; video 32 and 193."""
+    one = job(task=task, engine={"max_num_batched_tokens": 8192})
+    enough = compute(one, [HEAD, Node(cpus, 0), Node(0, 1)], 1000)
+    assert enough.warnings == ()
+    assert unit in enough.reasons[-1]
+    (warning,) = compute(one, [HEAD, Node(cpus - 1, 0), Node(0, 1)], 1000).warnings
+    assert f"1 engines need some {cpus} CPUs for media, there are {cpus - 1} now" in warning
+
+
+def test_sound_of_videos_is_work_as_well() -> None:
+    nodes = [HEAD, Node(3, 0), Node(0, 1)]
+    silent, heard = (
+        compute(job(task="describe-video", video={"transcribe": asked}), nodes, 1000).reasons[-1]
+        for asked in (False, True)
+    )
+    assert silent != heard
+
+
 def test_more_pixels_need_more_cpus() -> None:
     nodes = (HEAD, Node(4, 0), Node(8, 8))
     assert not shares(*nodes, megapixels=0.3).warnings
@@ -111,6 +158,16 @@ def test_rows_in_flight_keep_the_engine_full_and_fit_the_object_store() -> None:
     row_bytes = 280 * 6912
     assert tight.calls_per_engine * tight.rows_per_block * row_bytes * 8 <= 4e9 / 2
     assert "the object store has no room for more" in " ".join(tight.reasons)
+
+
+def test_the_object_store_of_nodes_to_come_counts() -> None:
+    elastic = job(resources={"accelerator": "gpu", "engines": 8})
+    first = [HEAD, Node(16, 0, 9e9), Node(0, 1, 13e9)]
+    whole = [HEAD, Node(16, 0, 9e9), *[Node(0, 1, 13e9)] * 8]
+    assert (
+        compute(elastic, first, 10**6).calls_per_engine
+        == compute(elastic, whole, 10**6).calls_per_engine
+    )
 
 
 def test_parts_stay_few_enough_to_list() -> None:

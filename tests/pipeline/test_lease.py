@@ -21,7 +21,8 @@ from rich.console import Console
 
 from pipeline.assemble import read_marker
 from pipeline.config import Job
-from pipeline.lease import NAME, Lease, LeasedStore, LeaseError
+from pipeline.lease import Lease, LeasedStore, LeaseError, OutdatedError
+from pipeline.lease_slot import NAME
 from pipeline.run import folder_store, run
 from pipeline.store import Store
 
@@ -194,6 +195,53 @@ def test_a_store_that_is_down_for_a_renewal_costs_nothing(s3: S3Server) -> None:
         lease.hold()
 
 
+def test_a_run_may_wait_for_the_lease_of_a_dead_one(make: Make, place: Any) -> None:
+    """Runs that are started again by themselves meet what a killed one left: ten minutes of lease."""
+    Store(*place).write(NAME, other_claim(minutes=1.2 / 60))
+    said: list[str] = []
+    with make("run-2", wait_s=30, say=said.append) as lease:
+        assert lease.hold()
+        assert not lease.hold()
+    assert claim(place)["holder"] == "run-2"
+    assert "run other on elsewhere is at work on this output since" in said[0]
+    assert "Waiting for it, at most 30 s" in said[0]
+
+
+def test_a_run_waits_no_longer_than_it_was_told(make: Make, place: Any) -> None:
+    Store(*place).write(NAME, other_claim())
+    began = time.monotonic()
+    with pytest.raises(LeaseError, match="run other"):
+        make("run-2", wait_s=0.5).hold()
+    assert 0.5 <= time.monotonic() - began < 10
+
+
+def test_the_write_that_takes_the_lease_finds_out_that_the_plan_is_old(
+    make: Make, place: Any
+) -> None:
+    with make("run-2") as lease:
+        store = LeasedStore(*place, lease, watched=("ledger",))
+        store.look()
+        with make("run-1") as first:
+            LeasedStore(*place, first).write("ledger/1.parquet", b"rows")
+        with pytest.raises(OutdatedError):
+            store.write("run.json", b"{}")
+        assert Store(*place).names("run.json") == []
+        # Now it is ours: nobody can come between the next look and the next write.
+        store.look()
+        store.write("run.json", b"{}")
+        store.write("ledger/2.parquet", b"rows")
+        store.write("run.json", b"{}")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"holder": 1}', bytes([255, 254, 0])])
+def test_a_lease_that_cannot_be_read_is_said_to_be_one(
+    make: Make, place: Any, content: bytes
+) -> None:
+    Store(*place).write(NAME, content)
+    with pytest.raises(LeaseError, match=r"lease\.json cannot be read; remove it"):
+        make().hold()
+
+
 def picture_job(nano: Path, tmp_path: Path) -> Job:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -229,6 +277,30 @@ def test_a_run_takes_the_lease_only_to_write(nano: Path, tmp_path: Path) -> None
         other.hold()
         # Nothing to do, nothing to write, nobody to ask.
         assert not run(job, quiet, engine=lambda job: EchoEngine).did_work
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_that_another_one_overtook_asks_for_nothing_twice(nano: Path, tmp_path: Path) -> None:
+    """Both plan while nothing is done; the second gets the lease when the first has finished."""
+    job = picture_job(nano, tmp_path)
+    folder = folder_store(job)
+    said = io.StringIO()
+
+    class Overtaken(Console):
+        """At its first word about the plan another run does the whole job."""
+
+        def print(self, *words: Any, **settings: Any) -> None:
+            super().print(*words, **settings)
+            if "3 to do" in str(words) and read_marker(folder) is None:
+                first = run(job, Console(file=io.StringIO()), engine=lambda job: EchoEngine)
+                assert first.accounts["done_now"] == 3
+
+    second = run(job, Overtaken(file=said), engine=lambda job: EchoEngine)
+    assert "another run has worked on this output meanwhile: planning again" in said.getvalue()
+    assert not second.did_work
+    assert len(folder.names("ledger")) == 1
+    assert second.accounts["assets"]["ok"] == 3
 
 
 @pytest.mark.ray
