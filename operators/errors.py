@@ -34,9 +34,9 @@ FAILURES: dict[str, Failure] = {
     "decode.too_short": Failure("there is less than 0.1 s of sound"),
     "decode.corrupt": Failure("the file is damaged or ends early"),
     "decode.too_large": Failure("the picture has more pixels than image.max_pixels"),
-    "decode.timeout": Failure("decoding took longer than image.timeout_s or audio.timeout_s"),
+    "decode.timeout": Failure("decoding took longer than its section's timeout_s"),
     "decode.crashed": Failure("the decoder process died on this file"),
-    "decode.out_of_memory": Failure("decoding needed more than image. or audio.max_memory_bytes"),
+    "decode.out_of_memory": Failure("decoding needed more than its section's max_memory_bytes"),
     "prepare.aspect_ratio": Failure("the sides are so unequal that no patch grid fits the budget"),
     "prepare.bad_variable": Failure(
         "a prompt variable is missing, too long or holds a control token"

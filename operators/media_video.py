@@ -13,6 +13,7 @@ from typing import Any
 
 from operators.decode_video import Frame, decode_frames
 from operators.errors import MediaError
+from operators.patchify import target_size
 from operators.prepare_video import prepare_video
 from operators.prepared import Row, Window, check_division
 from operators.probe_video import VideoFacts, probe_video
@@ -31,9 +32,16 @@ NAMED_GAPS = 5
 class PrepareFrames:
     """A span of a video's pictures to its windows (media_files.Prepare)."""
 
-    def __init__(self, video: VideoSettings, prompt: VideoPrompt) -> None:
+    def __init__(
+        self,
+        video: VideoSettings,
+        prompt: VideoPrompt,
+        *,
+        most_pixel_bytes: int = MOST_PIXEL_BYTES,
+    ) -> None:
         self._video = video
         self._prompt = prompt
+        self._most_pixel_bytes = most_pixel_bytes
 
     def __call__(self, row: Row, path: str, asked: dict[str, Any]) -> None:
         """Raises MediaError where not one picture of the span can be had."""
@@ -49,7 +57,7 @@ class PrepareFrames:
         for segment, frames, missing in self._frames(path, facts, wanted):
             prepare_started = time.perf_counter()
             if frames:
-                row.windows.append(self._window(segment, frames, variables))
+                row.windows.append(self._window(facts, segment, frames, variables))
             if missing:
                 gaps.append(f"{clock(segment.start_s)}-{clock(segment.end_s)} {missing}")
             row.prepare_s += time.perf_counter() - prepare_started
@@ -69,7 +77,7 @@ class PrepareFrames:
             times = [self._times(segment) for segment in group]
             asked = [time_s for segment_times in times for time_s in segment_times]
             try:
-                decoded = iter(decode_frames(path, facts, asked, self._video))
+                decoded = iter(decode_frames(path, facts, asked, self._video, self._size(facts)))
             except MediaError as error:
                 if error.code != "decode.corrupt":
                     raise
@@ -82,12 +90,12 @@ class PrepareFrames:
                 yield segment, frames, f"{lost} of {len(found)}" if lost else ""
 
     def _groups(self, facts: VideoFacts, wanted: Sequence[Segment]) -> Iterator[list[Segment]]:
-        width, height = facts.display_size
+        width, height = self._size(facts)
         group: list[Segment] = []
         held = 0
         for segment in wanted:
             size = len(self._times(segment)) * width * height * 3
-            if group and held + size > MOST_PIXEL_BYTES:
+            if group and held + size > self._most_pixel_bytes:
                 yield group
                 group, held = [], 0
             group.append(segment)
@@ -98,14 +106,28 @@ class PrepareFrames:
     def _times(self, segment: Segment) -> list[float]:
         return sample_times(*segment, self._video.fps, self._video.max_frames)
 
+    def _size(self, facts: VideoFacts) -> tuple[int, int]:
+        """(width, height) of the decoder's pictures."""
+        if not self._video.scaled_decode:
+            return facts.display_size
+        width, height = facts.display_size
+        height, width = target_size(height, width, self._video.max_soft_tokens)
+        return width, height
+
     def _window(
-        self, segment: Segment, frames: Sequence[Frame], variables: dict[str, str] | None
+        self,
+        facts: VideoFacts,
+        segment: Segment,
+        frames: Sequence[Frame],
+        variables: dict[str, str] | None,
     ) -> Window:
+        width, height = facts.display_size
         made = prepare_video(
             [frame.pixels for frame in frames],
             [frame.time_s for frame in frames],
             segment.start_s,
             self._video,
+            shown=(height, width),
         )
         return Window(
             tokens=self._prompt.window(made.columns * made.rows, made.stamps_s, variables),

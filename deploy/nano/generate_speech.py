@@ -14,6 +14,8 @@ from deploy.nano.words import DIGITS, SPOKEN
 Waveform = NDArray[np.float32]
 
 MAX_WINDOW_S: Final = 15.0
+# Noise is shaped in parts of ten minutes: that of two hours in one go took 12 GB.
+NOISE_SAMPLES: Final = 600 * SAMPLE_RATE_HZ
 MAX_WORDS: Final = 12
 CODECS: Final = ("libmp3lame", "aac")
 BITRATES_KBIT_S: Final = (16, 24, 32, 48, 64)
@@ -260,5 +262,7 @@ def long_recording(
         else:
             append(kind, np.zeros(length, dtype=np.float32))
     samples = np.concatenate(pieces)
-    samples += noise(len(samples), rng) * np.float32(10 ** (noise_db / 20))
-    return Recording(np.clip(samples, -1.0, 1.0), tuple(words), tuple(regions))
+    for start in range(0, len(samples), NOISE_SAMPLES):
+        part = samples[start : start + NOISE_SAMPLES]
+        part += noise(len(part), rng) * np.float32(10 ** (noise_db / 20))
+    return Recording(np.clip(samples, -1.0, 1.0, out=samples), tuple(words), tuple(regions))

@@ -47,7 +47,7 @@ cut_lists = st.lists(
 ).map(sorted)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     cuts=cut_lists,
     duration_s=st.integers(1, 4000).map(lambda tenth: tenth / 10),
