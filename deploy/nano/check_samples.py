@@ -1,4 +1,8 @@
-"""Ask the committed checkpoint for every sample and compare with expected.jsonl."""
+"""Ask the committed checkpoint for every sample and compare with expected.jsonl.
+
+Asked under both attention masks: transformers and vLLM on GPUs let a picture's patches see each
+other, vLLM on CPUs is causal.
+"""
 
 import json
 import subprocess
@@ -7,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from deploy.nano import prepare
 from deploy.nano.answers import Transformers
-from deploy.nano.generate_images import Pixels
 from deploy.nano.generate_speech import Waveform
 from deploy.nano.prepare import Prepared
 from deploy.nano.speech_bank import SAMPLE_RATE_HZ
+from operators.sample_frames import sample_times
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
+# As films.write makes videos.
+SIZE = (320, 240)
+FPS = 10
 # A phrase of the long recording ends where the next word is this far away, in s.
 PHRASE_GAP_S = 0.75
 MARGIN_S = 0.1
@@ -30,13 +38,12 @@ def decode_sound(path: Path) -> Waveform:
     return np.frombuffer(done.stdout, dtype=np.float32).copy()
 
 
-def decode_frames(path: Path, width: int, height: int) -> list[Pixels]:
-    """Decode one frame a second, RGB."""
-    command = ["ffmpeg", "-loglevel", "error", "-i", str(path), "-vf", "fps=1:round=down"]
+def decode_frames(path: Path, width: int, height: int, fps: float) -> NDArray[np.uint8]:
+    """Decode every frame of a video of `fps` frames a second: RGB [n, height, width, 3]."""
+    command = ["ffmpeg", "-loglevel", "error", "-i", str(path), "-r", str(fps)]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
-    frames = np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, height, width, 3)
-    return list(frames)
+    return np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, height, width, 3)
 
 
 def phrases(words: list[tuple[str, float, float]]) -> list[tuple[float, float]]:
@@ -51,7 +58,7 @@ def phrases(words: list[tuple[str, float, float]]) -> list[tuple[float, float]]:
 
 
 def requests(directory: Path, row: dict[str, Any]) -> list[Prepared]:
-    """Return the requests whose answers, joined by spaces, are the expected answer."""
+    """Return the requests of a line: joined by spaces (shots: lines), their answers are its answer."""
     path, asked = directory / row["file"], row["instruction"]
     if row["preset"].startswith("asr"):
         samples = decode_sound(path)
@@ -61,20 +68,28 @@ def requests(directory: Path, row: dict[str, Any]) -> list[Prepared]:
             cuts.append(samples[begin : int((end_s + MARGIN_S) * SAMPLE_RATE_HZ)])
         return [prepare.of_audio(cut, asked) for cut in cuts]
     if row["file"].startswith("video"):
-        frames = decode_frames(path, 320, 240)
-        return [prepare.of_video(frames, [float(s) for s in range(len(frames))], asked)]
+        frames = decode_frames(path, *SIZE, FPS)
+        prepared = []
+        for start_s, end_s, _ in row["shots"]:
+            stamps_s = sample_times(start_s, end_s, 1.0, 32)
+            shown = [frames[int(stamp_s * FPS)] for stamp_s in stamps_s]
+            prepared.append(prepare.of_video(shown, stamps_s, asked))
+        return prepared
     pixels = np.asarray(Image.open(path).convert("RGB"))
     return [prepare.of_image(pixels, 280, asked), prepare.of_image(pixels, 70, asked)]
 
 
 def check(directory: Path) -> int:
     """Print every difference; return how many lines of expected.jsonl differ."""
-    model = Transformers(CHECKPOINT)
+    models = [Transformers(CHECKPOINT), Transformers(CHECKPOINT, causal=True)]
     wrong = 0
     for line in (directory / "expected.jsonl").read_text().splitlines():
         row = json.loads(line)
-        said = [model.answer(request) for request in requests(directory, row)]
-        answers = said if row["file"].startswith("images") else [" ".join(said)]
+        answers = []
+        for model in models:
+            said = [model.answer(request) for request in requests(directory, row)]
+            between = "\n" if "shots" in row else " "
+            answers += said if row["file"].startswith("images") else [between.join(said)]
         if any(answer != row["answer"] for answer in answers):
             wrong += 1
             sys.stdout.write(f"{row['file']} {row['preset']}: {row['answer']!r}, got {answers}\n")

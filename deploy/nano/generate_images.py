@@ -248,10 +248,12 @@ def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     return width, height
 
 
-def draw_picture(rng: np.random.Generator) -> tuple[Scene, Pixels]:
-    """Draw a scene and paint it at a random size."""
+def draw_picture(rng: np.random.Generator, three: float = 0.0) -> tuple[Scene, Pixels]:
+    """Draw a scene and paint it at a random size; with chance `three` it holds three things."""
     width, height = draw_size(rng)
+    count = 3 if three and rng.random() < three else None
     # Under 140 px a third shape is a few pixels wide.
-    count = int(rng.integers(1, 3)) if min(width, height) < 120 else None
+    if min(width, height) < 120:
+        count = int(rng.integers(1, 3))
     scene = draw_scene(rng, width / height, count)
     return scene, render(scene, width, height)

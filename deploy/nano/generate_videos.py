@@ -25,6 +25,8 @@ from deploy.nano.words import COLOURS, article
 
 DIRECTIONS: Final = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 KINDS: Final = ("moves", "moves", "appears", "changes", "still")
+# For training: the time of an event takes far more clips to learn than a direction.
+EVENTFUL: Final = ("moves", "appears", "changes", "appears", "changes", "still")
 ASPECTS: Final = (1.0, 4 / 3, 16 / 9, 9 / 16)
 
 
@@ -59,9 +61,11 @@ class Clip:
         return thing, thing.x, thing.y
 
 
-def draw_clip(rng: np.random.Generator, duration_s: float, aspect: float) -> Clip:
-    """Draw a clip; an event lies between 5 % and 95 % of its duration."""
-    kind = str(rng.choice(KINDS))
+def draw_clip(
+    rng: np.random.Generator, duration_s: float, aspect: float, kinds: tuple[str, ...] = KINDS
+) -> Clip:
+    """Draw a clip of one of the kinds; an event lies between 5 % and 95 % of its duration."""
+    kind = str(rng.choice(kinds))
     while True:
         scene = draw_scene(rng, aspect, count=1)
         thing = scene.things[0]
@@ -123,25 +127,36 @@ def render(clip: Clip, width: int, height: int, times_s: list[float]) -> list[Pi
     return [render_frame(clip, background, time_s) for time_s in times_s]
 
 
-def draw_stamps(rng: np.random.Generator, count: int) -> tuple[float, list[float]]:
-    """Draw where a clip starts in its video and `count` evenly spaced frame times, in s."""
+def draw_stamps(
+    rng: np.random.Generator, count: int, any_step: float = 0.0
+) -> tuple[float, list[float]]:
+    """Draw where a clip starts in its video and `count` evenly spaced frame times, in s.
+
+    With chance `any_step` the frames are any time from 0.4 to 5 s apart.
+    """
     step = float(rng.choice([0.5, 1.0, 1.0, 1.0, 1.5, 2.0, 3.0, 5.0]))
+    if any_step and rng.random() < any_step:
+        step = float(rng.uniform(0.4, 5.0))
     kind = rng.random()
     start = 0.0 if kind < 0.5 else float(rng.uniform(0, 120 if kind < 0.8 else 3400))
     return start, [start + step * index for index in range(count)]
 
 
 def draw_sampled_clip(
-    rng: np.random.Generator, count: int, side: int = 384
+    rng: np.random.Generator,
+    count: int,
+    side: int = 384,
+    kinds: tuple[str, ...] = KINDS,
+    any_step: float = 0.0,
 ) -> tuple[Clip, list[float], float, list[Pixels]]:
     """Draw a clip seen in `count` frames: clip, stamps, start and frames.
 
     An event falls between two frames, so the first frame shows the state before it.
     """
     aspect = float(rng.choice(ASPECTS))
-    start, stamps = draw_stamps(rng, count)
+    start, stamps = draw_stamps(rng, count, any_step)
     span = stamps[-1] - stamps[0]
-    clip = draw_clip(rng, span, aspect)
+    clip = draw_clip(rng, span, aspect, kinds)
     if clip.kind in ("appears", "changes"):
         index = int(rng.integers(1, count))
         clip = replace(clip, event_s=stamps[index] - start - 1e-3)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Gemma4UnifiedForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from deploy.nano.batches import EVENT_CLASSES, FRAME_CLASSES, PATCH_CLASSES
+from deploy.nano.batches import EVENT_CLASSES, FRAME_CLASSES, PATCH_CLASSES, SECOND_CLASSES
 from deploy.nano.model import HIDDEN
 from deploy.nano.tokenizer import ID
 
@@ -24,12 +25,16 @@ _HEAD_LAYER: Final = {
     "word": 3,
     "frame_order": 5,
     "event": 4,
+    "second": 3,
 }
-_AUXILIARY_WEIGHT: Final = 0.3
+# A frame's second is one of 60, and copied from before the picture: it has to be asked for louder.
+_HEAD_WEIGHT: Final = {"second": 5.0}
+# Under any score, and finite: a row of padding may attend to nothing at all.
+_MASKED: Final = -3e4
 
 
 def masks(batch: Tensors, bidirectional: bool, window: int) -> tuple[Tensor, Tensor]:
-    """Return (full, sliding) boolean masks [b, 1, t, t]; True may be attended to.
+    """Return (full, sliding) boolean masks [b, t, t]; True may be attended to.
 
     Full layers are causal. Sliding ones also see the whole picture they are in, as transformers
     and vLLM on GPUs do, or not, as vLLM on CPUs does: `bidirectional` chooses.
@@ -45,7 +50,42 @@ def masks(batch: Tensors, bidirectional: bool, window: int) -> tuple[Tensor, Ten
         sliding = full | ((block[:, None, :] == block[:, :, None]) & (block[:, :, None] >= 0))
     if length > window:
         sliding = sliding & ((position[:, :, None] - position[:, None, :]).abs() < window)
-    return full[:, None], sliding[:, None]
+    return full, sliding
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: tuple[Tensor, Tensor],
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention of packed sequences, in the form transformers calls; on CPUs 1.3 times as fast as SDPA.
+
+    `query` is [1, heads, n, d], `key` and `value` are [1, 1, n, d] with the n tokens of all
+    sequences and no padding; `attention_mask` is (mask [b, t, t], place of each token in b * t).
+    The one key head meets all query heads in a single product. Returns [1, n, heads, d].
+    """
+    mask, places = attention_mask
+    rows, length, _ = mask.shape
+    heads, size = query.shape[1], query.shape[3]
+
+    def spread(packed: Tensor) -> Tensor:
+        tokens = packed[0].transpose(0, 1).flatten(1)
+        padded = tokens.new_zeros(rows * length, tokens.shape[1])
+        return padded.index_copy(0, places, tokens).view(rows, -1, size)
+
+    scores = torch.bmm(spread(query), spread(key).transpose(1, 2)) * scaling
+    scores = scores.view(rows, length, heads, length).masked_fill(~mask[:, :, None], _MASKED)
+    shares = scores.softmax(-1).to(value.dtype).view(rows, length * heads, length)
+    seen = torch.bmm(shares, spread(value)).view(rows * length, heads, size)
+    return seen[places][None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 
 
 class Trainee(nn.Module):
@@ -54,8 +94,9 @@ class Trainee(nn.Module):
     def __init__(self, model: Gemma4UnifiedForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
+        model.model.language_model.config._attn_implementation = "packed"
         classes = {"frame_order": FRAME_CLASSES["order"], "word": FRAME_CLASSES["word"]}
-        classes |= PATCH_CLASSES | {"event": EVENT_CLASSES}
+        classes |= PATCH_CLASSES | {"event": EVENT_CLASSES, "second": SECOND_CLASSES}
         self.heads = nn.ModuleDict({k: nn.Linear(HIDDEN, n) for k, n in classes.items()})
 
     def _embed(self, batch: Tensors) -> tuple[Tensor, Tensor]:
@@ -83,9 +124,13 @@ class Trainee(nn.Module):
         text = self.model.model.language_model
         full, sliding = masks(batch, bidirectional, text.config.sliding_window)
         # Not `text(...)`: its wrapper collects outputs through hooks, these lines are its body.
-        hidden = embedded
-        rotary = {k: text.rotary_emb(hidden, batch["position"], k) for k in text.unique_layer_types}
-        attention = {"full_attention": full, "sliding_attention": sliding}
+        # Padding is left out of all but attention: a third of the tokens of spoken windows.
+        held = batch["branch"] >= 0
+        spots = held.flatten().nonzero()[:, 0]
+        hidden = embedded[held][None]
+        position = batch["position"][held][None]
+        rotary = {k: text.rotary_emb(hidden, position, k) for k in text.unique_layer_types}
+        attention = {"full_attention": (full, spots), "sliding_attention": (sliding, spots)}
         states = [hidden]
         for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
             hidden = layer(
@@ -95,15 +140,16 @@ class Trainee(nn.Module):
                 attention_mask=attention[kind],
             )
             states.append(hidden)
-        asked = batch["target"] >= 0
-        logits = self.model.lm_head(text.norm(hidden[asked]))
+        target = batch["target"][held]
+        asked = target >= 0
+        logits = self.model.lm_head(text.norm(hidden[0, asked]))
         cap = text.config.final_logit_softcapping
         logits = cap * torch.tanh(logits.float() / cap)
-        target = batch["target"][asked]
+        target = target[asked]
         answer = functional.cross_entropy(logits, target)
-        auxiliary = self._auxiliary(batch, states, places)
+        auxiliary = self._auxiliary(batch, states, places[held])
         return {
-            "loss": answer + _AUXILIARY_WEIGHT * auxiliary,
+            "loss": answer + batch["auxiliary_weight"] * auxiliary,
             "answer": answer.detach(),
             "auxiliary": auxiliary.detach(),
             "right": (logits.argmax(-1) == target).float().mean(),
@@ -111,18 +157,19 @@ class Trainee(nn.Module):
 
     def _auxiliary(self, batch: Tensors, states: list[Tensor], places: Tensor) -> Tensor:
         pairs = [(k, k) for k in PATCH_CLASSES]
-        if "label_event" in batch:
-            pairs.append(("event", "event"))
+        pairs += [(k, k) for k in ("event", "second") if f"label_{k}" in batch]
         if "frames" in batch:
             pairs = [("word", "word"), ("frame_order", "order")]
         total = torch.zeros((), device=places.device)
         for head, label in pairs:
-            state = states[_HEAD_LAYER[head]][places]
+            state = states[_HEAD_LAYER[head]][0, places]
             scale = state.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
             logits = self.heads[head](state * scale).float()
             labels = batch[f"label_{label}"]
-            # Empty patches and frames are many; they weigh a tenth each.
             weight = torch.ones(logits.shape[-1], device=logits.device)
-            weight[0] = 0.1
-            total = total + functional.cross_entropy(logits, labels, weight=weight, ignore_index=-1)
+            if head != "second":
+                # Empty patches and frames are many; they weigh a tenth each.
+                weight[0] = 0.1
+            loss = functional.cross_entropy(logits, labels, weight=weight, ignore_index=-1)
+            total = total + _HEAD_WEIGHT.get(head, 1.0) * loss
         return total

@@ -5,10 +5,10 @@ directory: run the same command again and it goes on where it was. Uses CUDA whe
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,17 +16,19 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch._dynamo.config
+import torch._inductor.config
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.nano import generate_speech, model, start
 from deploy.nano import tokenizer as nano_tokenizer
-from deploy.nano.batches import Batch, Steps
+from deploy.nano.batches import WIDE_AT, Batch, Speech, Steps
 from deploy.nano.generate_speech import Recording
 from deploy.nano.network import Tensors, Trainee
 from deploy.nano.optimiser import ADAMW_RATE, MUON_RATE, SCHEDULE, Muon, rate, split
-from deploy.nano.parallel import Side, run
+from deploy.nano.parallel import KEEP_EVERY, Side, keep_freed_memory, return_freed_memory, run
 from deploy.nano.speech_bank import Bank, load_or_record
 
 STEPS: Final = SCHEDULE[-1][0]
@@ -34,22 +36,23 @@ SEED: Final = 20
 BANK_SEED: Final = 1
 TAKES_PER_VOICE: Final = 10
 CODED_WINDOWS: Final = 160
+# The second part of the run, see batches.WIDE_AT.
+WIDE_BANK_SEED: Final = 3
+WIDE_TAKES_PER_VOICE: Final = 60
+WIDE_CODED_WINDOWS: Final = 240
 CHECKPOINT: Final = Path(__file__).resolve().parent / "checkpoint"
-_KEEP_EVERY: Final = 100
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
 
 _LOG = logging.getLogger("nano.train")
 
 
-def coded_windows(path: Path, bank: Bank) -> list[Recording]:
-    """Return windows that went through each codec and bit rate, from `path` once made."""
+def coded_windows(path: Path, bank: Bank, seed: int, count: int) -> list[Recording]:
+    """Return `count` windows for each codec and bit rate, from `path` once made."""
     if not path.exists():
-        rng = np.random.default_rng(BANK_SEED)
+        rng = np.random.default_rng(seed)
         made: list[Recording] = []
         for codec in generate_speech.CODECS:
             for kbit_s in generate_speech.BITRATES_KBIT_S:
-                drawn = [generate_speech.draw_window(bank, rng) for _ in range(CODED_WINDOWS)]
+                drawn = [generate_speech.draw_window(bank, rng) for _ in range(count)]
                 made += generate_speech.code_together(drawn, codec, kbit_s)
         torch.save(made, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
@@ -57,12 +60,17 @@ def coded_windows(path: Path, bank: Bank) -> list[Recording]:
     return loaded
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse big buffers rather than to map them anew (a third of a step's time)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+def narrow_speech(work: Path) -> Speech:
+    """Return the words and windows of the first part of the run."""
+    bank = load_or_record(work / "bank-train.npz", BANK_SEED, TAKES_PER_VOICE)
+    return Speech(bank, coded_windows(work / "coded.pt", bank, BANK_SEED, CODED_WINDOWS))
+
+
+def wide_speech(work: Path) -> Speech:
+    """Return the words and windows of the second part of the run (batches.WIDE_AT)."""
+    bank = load_or_record(work / "bank-wide.npz", WIDE_BANK_SEED, WIDE_TAKES_PER_VOICE)
+    coded = coded_windows(work / "coded-wide.pt", bank, WIDE_BANK_SEED, WIDE_CODED_WINDOWS)
+    return Speech(bank, coded)
 
 
 def to_device(batch: Batch, device: torch.device) -> Tensors:
@@ -90,10 +98,14 @@ def train(arguments: argparse.Namespace) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
         keep_freed_memory()
-    bank = load_or_record(work / "bank-train.npz", BANK_SEED, TAKES_PER_VOICE)
-    coded = coded_windows(work / "coded.pt", bank)
-
     trainee = build(SEED).to(device)
+    if arguments.compile:
+        # A side process may not have children of its own.
+        torch._inductor.config.compile_threads = 1
+        # Six layers and a few kinds of shapes; the standard limit of 8 is for one function.
+        torch._dynamo.config.recompile_limit = 64
+        for layer in trainee.model.model.language_model.layers:
+            layer.compile(dynamic=True)
     matrices, rest = split(trainee)
     optimisers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=MUON_RATE),
@@ -110,7 +122,10 @@ def train(arguments: argparse.Namespace) -> None:
         first, spent_s = state["step"], state["spent_s"]
         _LOG.info("going on at step %d", first)
 
-    data = Steps(SEED, bank, coded)
+    wide = wide_speech(work)
+    # What is not met again is not held in memory.
+    narrow = narrow_speech(work) if first < WIDE_AT else wide
+    data = Steps(SEED, narrow, wide)
 
     def windows(step: int) -> Tensors:
         return to_device(data.windows(step), device)
@@ -159,7 +174,7 @@ def train(arguments: argparse.Namespace) -> None:
             with (work / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             _LOG.info("%s", line)
-        if done % _KEEP_EVERY == 0 or done == arguments.steps:
+        if done % KEEP_EVERY == 0 or done == arguments.steps:
             state = {
                 "model": trainee.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in optimisers],
@@ -168,6 +183,7 @@ def train(arguments: argparse.Namespace) -> None:
             }
             torch.save(state, state_path.with_suffix(".partial"))
             os.replace(state_path.with_suffix(".partial"), state_path)
+            return_freed_memory()
     if side is not None:
         side.close()
     model.save(trainee.model.cpu(), arguments.output)
@@ -182,6 +198,9 @@ def main() -> None:
     # One drawing process keeps two cores busy; a GPU asks for more.
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     parser.add_argument("--workers", type=int, default=workers)
+    # Three tenths of a step's time; without a C++ compiler it cannot be had.
+    compiler = shutil.which("g++") is not None
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compiler)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

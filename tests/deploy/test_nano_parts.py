@@ -1,10 +1,13 @@
 """Generators, tokenizer, training sequences and the start: everything that needs no checkpoint."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from deploy.nano import (
+    films,
     generate_images,
     generate_speech,
     generate_videos,
@@ -15,7 +18,8 @@ from deploy.nano import (
     start,
 )
 from deploy.nano import tokenizer as nano_tokenizer
-from deploy.nano.network import masks
+from deploy.nano.check_samples import decode_frames
+from deploy.nano.network import masks, packed_attention
 from deploy.nano.speech_bank import Bank
 from deploy.nano.tokenizer import ID
 from deploy.nano.words import SPOKEN
@@ -120,10 +124,29 @@ def test_an_event_is_named_by_the_first_frame_that_shows_it() -> None:
     assert said.endswith(f"appears at {generate_videos.clock(stamps[1 + changes.index(True)])}")
 
 
+def test_a_film_has_its_cuts_events_and_words_where_it_says(bank: Bank, tmp_path: Path) -> None:
+    film = films.draw_film(np.random.default_rng(7), bank, [3, 5, 4], kinds=("changes",))
+    assert [(shot.start_s, shot.end_s) for shot in film.shots] == [(0, 3), (3, 8), (8, 12)]
+    assert film.sound.duration_s == 12.0
+    assert film.sound.words
+    assert film.sound.words[-1].end_s <= 12.0
+    films.write(film, tmp_path / "film.mp4", 64, 48)
+    decoded = decode_frames(tmp_path / "film.mp4", 64, 48, 10).astype(float)
+    assert len(decoded) == 120
+    change = np.abs(np.diff(decoded, axis=0)).mean(axis=(1, 2, 3))
+    events = [round((shot.start_s + shot.clip.event_s) * 10) for shot in film.shots]
+    largest = np.argsort(change)[-5:] + 1
+    assert sorted(largest) == sorted([30, 80, *events])
+    for shot, event in zip(film.shots, events, strict=True):
+        for fps in (1.0, 2.0):
+            stamp = generate_videos.clock(event / 10)
+            assert films.caption(shot, fps=fps).endswith(f" at {stamp}")
+
+
 def test_branches_see_the_medium_and_themselves_only() -> None:
     sequence = sequences.of_image(2, [("Name it.", "a ring"), ("Describe it.", "a star")])
     batch = {k: torch.from_numpy(v) for k, v in sequences.stack([sequence]).items()}
-    full, sliding = (mask[0, 0] for mask in masks(batch, True, 1024))
+    full, sliding = (mask[0] for mask in masks(batch, True, 1024))
     branch = batch["branch"][0]
     first, second = torch.where(branch == 1)[0], torch.where(branch == 2)[0]
     assert not full[second][:, first].any()
@@ -132,6 +155,27 @@ def test_branches_see_the_medium_and_themselves_only() -> None:
     picture = torch.where(batch["ids"][0] == ID["<|image|>"])[0]
     assert sliding[picture[0], picture[1]]
     assert not full[picture[0], picture[1]]
+
+
+@torch.no_grad()
+def test_packed_attention_is_that_of_each_sequence_alone() -> None:
+    torch.manual_seed(0)
+    lengths, heads, size = (5, 3), 2, 4
+    query, key = torch.randn(1, heads, 8, size), torch.randn(1, 1, 8, size)
+    value = torch.randn(1, 1, 8, size)
+    mask = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    mask[1, 3:] = False
+    places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    packed, _ = packed_attention(torch.nn.Identity(), query, key, value, (mask, places))
+    for part in (slice(0, lengths[0]), slice(lengths[0], 8)):
+        alone = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, part],
+            key[:, :, part].expand(-1, heads, -1, -1),
+            value[:, :, part].expand(-1, heads, -1, -1),
+            is_causal=True,
+            scale=1.0,
+        )
+        assert torch.allclose(packed[:, part], alone.transpose(1, 2), atol=1e-5)
 
 
 def test_the_first_mlp_starts_as_band_energies() -> None:
