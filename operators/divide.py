@@ -55,11 +55,8 @@ class Divide:
         return pa.Table.from_pylist(rows, schema=DIVIDED)
 
     def _rows(self, asset: dict[str, Any]) -> list[dict[str, Any]]:
-        ref = Ref(
-            asset["fetch_uri"], asset["fetch_offset"], asset["fetch_length"], asset["size_bytes"]
-        )
         try:
-            with self._files(ref, asset["version"]) as file:
+            with self._files(Ref.of(asset), asset["version"]) as file:
                 tracks = self._tracks(file.path)
         except MediaError:
             tracks = [Track(self._unread, [(None, None)])]

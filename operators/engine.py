@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from operators.engine_folder import EngineFolder
-from operators.engine_media import engine_media
+from operators.engine_media import EngineMedia, engine_media
 from operators.engine_meter import Meter, watch
 from operators.errors import MediaError
 from operators.prepare_video import as_images
@@ -247,16 +247,22 @@ def _engine_input(request: Request) -> Any:  # noqa: ANN401
             "prompt": request.prompt,
             "multi_modal_data": {"image": Image.fromarray(request.pixels)},
         }
-    from vllm.inputs.engine import mm_input, tokens_input
+    if isinstance(request, TextRequest):
+        from vllm.inputs.engine import tokens_input
+
+        return tokens_input(request.token_ids)
+    return media_input(request.token_ids, engine_media(request))
+
+
+def media_input(token_ids: list[int], media: EngineMedia) -> Any:  # noqa: ANN401
+    """vLLM's own input of a prompt and its media."""
+    from vllm.inputs.engine import mm_input
     from vllm.multimodal.inputs import (
         MultiModalFieldConfig,
         MultiModalKwargsItems,
         PlaceholderRange,
     )
 
-    if isinstance(request, TextRequest):
-        return tokens_input(request.token_ids)
-    media = engine_media(request)
     fields = dict.fromkeys(media.tensors, MultiModalFieldConfig.batched(media.modality))
     if media.frame_counts is not None:
         counts = media.tensors[media.frame_counts]
@@ -264,7 +270,7 @@ def _engine_input(request: Request) -> Any:  # noqa: ANN401
         fields = dict.fromkeys(media.tensors, by_frame)
         fields[media.frame_counts] = MultiModalFieldConfig.batched(media.modality, keep_on_cpu=True)
     return mm_input(
-        request.token_ids,
+        token_ids,
         MultiModalKwargsItems.from_hf_inputs(media.tensors, fields),
         {media.modality: media.hashes},
         {media.modality: [PlaceholderRange(*place) for place in media.places]},

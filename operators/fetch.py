@@ -60,6 +60,11 @@ class Ref:
     length: int | None = None
     size_bytes: int | None = None
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Ref:
+        """From a row of FOUND or PLAN."""
+        return cls(row["fetch_uri"], row["fetch_offset"], row["fetch_length"], row["size_bytes"])
+
     @property
     def planned(self) -> int | None:
         return self.size_bytes if self.length is None else self.length

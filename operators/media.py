@@ -73,14 +73,7 @@ class Media:
     def _prepare(self, row: Row, contained: Contained, asked: dict[str, Any]) -> None:
         started = time.monotonic()
         try:
-            fetched = self._fetch(
-                Ref(
-                    asked["fetch_uri"],
-                    asked["fetch_offset"],
-                    asked["fetch_length"],
-                    asked["size_bytes"],
-                )
-            )
+            fetched = self._fetch(Ref.of(asked))
             row.attempts = fetched.attempts
         except FetchError as error:
             row.attempts = error.attempts

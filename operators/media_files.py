@@ -57,11 +57,8 @@ class FileMedia:
     def _run(self, asked: dict[str, Any]) -> Row:
         row = Row()
         started = time.monotonic()
-        ref = Ref(
-            asked["fetch_uri"], asked["fetch_offset"], asked["fetch_length"], asked["size_bytes"]
-        )
         try:
-            with self._files(ref, asked["version"]) as file:
+            with self._files(Ref.of(asked), asked["version"]) as file:
                 row.attempts = file.attempts
                 row.fetch_s = time.monotonic() - started
                 with _busy:

@@ -35,8 +35,8 @@ class Summaries:
         started = time.perf_counter()
         row = Row()
         told = json.loads(asked["variables"])
-        lines = [Line(one["start_s"], one["text"]) for one in told["captions"]]
-        lines += [Line(one["start_s"], one["text"], True) for one in told["transcript"]]
+        lines = [Line(one["start_s"], one["text"]) for one in told["captions"] or ()]
+        lines += [Line(one["start_s"], one["text"], True) for one in told["transcript"] or ()]
         try:
             if lines:
                 ids = self._prompt.window(lines).token_ids

@@ -21,12 +21,10 @@ from operators.prompt_video import VideoPrompt
 from operators.sample_frames import sample_times
 from operators.settings import VideoSettings
 from operators.shots import Segment, segments, spans
-from operators.stitch import clock
+from operators.stitch import Heard, named
 
 # Of whole pictures held at once: 82 of 1920x1080, 20 of 3840x2160.
 MOST_PIXEL_BYTES = 1 << 29
-# Gaps that a message names; more are counted.
-NAMED_GAPS = 5
 
 
 class PrepareFrames:
@@ -59,13 +57,11 @@ class PrepareFrames:
             if frames:
                 row.windows.append(self._window(facts, segment, frames, variables))
             if missing:
-                gaps.append(f"{clock(segment.start_s)}-{clock(segment.end_s)} {missing}")
+                gaps.append(Heard(*segment, None, missing))
             row.prepare_s += time.perf_counter() - prepare_started
         row.decode_s = time.perf_counter() - started - row.prepare_s
         if gaps:
-            more = f" and {len(gaps) - NAMED_GAPS} more" if len(gaps) > NAMED_GAPS else ""
-            message = "pictures are missing: " + ", ".join(gaps[:NAMED_GAPS]) + more
-            row.gap = MediaError("decode.corrupt", message)
+            row.gap = MediaError("decode.corrupt", f"pictures are missing: {named(gaps)}")
             if not row.windows:
                 raise row.gap
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -78,24 +79,18 @@ def transcript(
     `structured` has the translation of each window with its times. Raises MediaError where all of
     it failed.
     """
-    windows, translated, first = [], [], None
+    windows, first = outcomes(row, answers)
+    translated = []
     own = channel(row["track"])
     place = {} if own is None else {"channel": own}
-    for answer, start_s, end_s in zip(
-        answers, row["window_start_s"] or (), row["window_end_s"] or (), strict=True
-    ):
-        try:
-            check(answer)
-        except MediaError as error:
-            first = first or error
-            windows.append(Heard(start_s, end_s, None, error.code))
-        else:
-            text, translation = answer["text"], None
-            if translate_to is not None:
-                text, translation = split_translation(text, translate_to)
-            windows.append(Heard(start_s, end_s, text))
-            if translation is not None:
-                translated.append({"start_s": start_s, "end_s": end_s, "text": translation} | place)
+    for index, window in enumerate(windows):
+        if translate_to is None or window.text is None:
+            continue
+        text, translation = split_translation(window.text, translate_to)
+        windows[index] = replace(window, text=text)
+        if translation is not None:
+            times = {"start_s": window.start_s, "end_s": window.end_s}
+            translated.append(times | {"text": translation} | place)
     said = stitch(windows)
     fields = with_gaps(row, first, said.segments, said.gap_message("transcribed"))
     fields["text"] = said.text
@@ -109,21 +104,34 @@ def captions(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> di
 
     Gaps as in `transcript`.
     """
-    told, gaps, first = [], [], None
-    times = zip(row["window_start_s"] or (), row["window_end_s"] or (), strict=True)
-    for answer, (start_s, end_s) in zip(answers, times, strict=True):
+    windows, first = outcomes(row, answers)
+    told = [
+        Segment(window.start_s, window.end_s, text)
+        for window in windows
+        if (text := (window.text or "").strip())
+    ]
+    fields = with_gaps(row, first, told, stitch(windows).gap_message("described"))
+    fields["text"] = "\n".join(segment.text for segment in told)
+    fields["segments"] = [vars(segment) for segment in told]
+    return fields
+
+
+def outcomes(
+    row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]
+) -> tuple[list[Heard], MediaError | None]:
+    """Each window's text or failure, in order, and the first failure."""
+    windows, first = [], None
+    for answer, start_s, end_s in zip(
+        answers, row["window_start_s"] or (), row["window_end_s"] or (), strict=True
+    ):
+        text, code = answer["text"], None
         try:
             check(answer)
         except MediaError as error:
             first = first or error
-            gaps.append(Heard(start_s, end_s, None, error.code))
-        else:
-            if text := answer["text"].strip():
-                told.append(Segment(start_s, end_s, text))
-    fields = with_gaps(row, first, told, stitch(gaps).gap_message("described"))
-    fields["text"] = "\n".join(segment.text for segment in told)
-    fields["segments"] = [vars(segment) for segment in told]
-    return fields
+            text, code = None, error.code
+        windows.append(Heard(start_s, end_s, text, code))
+    return windows, first
 
 
 def with_gaps(

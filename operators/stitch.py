@@ -51,12 +51,7 @@ class Transcript:
         """For people: where something was not `done`, and why. None without any gap."""
         if not self.gaps:
             return None
-        named = [
-            f"{clock(gap.start_s)}-{clock(gap.end_s)} {gap.failure}"
-            for gap in self.gaps[:NAMED_GAPS]
-        ]
-        more = len(self.gaps) - len(named)
-        return f"not {done}: " + ", ".join(named) + (f" and {more} more" if more else "")
+        return f"not {done}: {named(self.gaps)}"
 
 
 def stitch(windows: Iterable[Heard]) -> Transcript:
@@ -78,6 +73,13 @@ def stitch(windows: Iterable[Heard]) -> Transcript:
         if text not in NOTHING:
             segments.append(Segment(window.start_s, window.end_s, text))
     return Transcript(join([segment.text for segment in segments]), segments, gaps)
+
+
+def named(gaps: Sequence[Heard]) -> str:
+    """The first gaps with their times and failures, and how many more there are."""
+    shown = [f"{clock(gap.start_s)}-{clock(gap.end_s)} {gap.failure}" for gap in gaps[:NAMED_GAPS]]
+    more = len(gaps) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def plain(text: str) -> str:

@@ -224,9 +224,9 @@ def _results_query() -> str:
              ELSE coalesce(nullif(any_value(text) FILTER (track = '{SUMMARY}'), ''), {_text("told")})
         END AS text,
         any_value(language) AS language,
-        {_segments("told")} AS segments,
+        {ledger.segments_of("told")} AS segments,
         {_text("modality = 'video' AND heard")} AS transcript,
-        {_segments("modality = 'video' AND heard")} AS transcript_segments,
+        {ledger.segments_of("modality = 'video' AND heard")} AS transcript_segments,
         CASE WHEN count(*) = 1 THEN any_value(structured)
              ELSE merged(list(structured ORDER BY span_index) FILTER (structured IS NOT NULL))
         END AS structured,
@@ -249,12 +249,6 @@ def _text(which: str) -> str:
     """The texts of the spans for which `which` holds as one; null where there is none."""
     return f"""joined(list(text ORDER BY span_index) FILTER ({which} AND text IS NOT NULL),
                     list(track ORDER BY span_index) FILTER ({which} AND text IS NOT NULL))"""
-
-
-def _segments(which: str) -> str:
-    """Their segments in the order of time: channels of one sound lie side by side."""
-    return f"""list_sort(flatten(list(segments ORDER BY span_index)
-                               FILTER ({which} AND segments IS NOT NULL)))"""
 
 
 def _failures_query() -> str:

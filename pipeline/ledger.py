@@ -118,6 +118,13 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     )
 
 
+def segments_of(which: str) -> str:
+    """An aggregate over ledger rows: the segments of those for which `which` holds, in the order of
+    time (channels of one sound lie side by side); null where there is none."""
+    return f"""list_sort(flatten(list(segments ORDER BY span_index)
+                               FILTER ({which} AND segments IS NOT NULL)))"""
+
+
 def spans_of(assets: str) -> str:
     """A query of the whole ledger rows, one a span, of the assets in table `assets`."""
     return f"""(

@@ -16,16 +16,16 @@ SUMMARIES = "summaries"
 def tell(db: duckdb.DuckDBPyConnection) -> None:
     """Make `summaries`: the summaries of `todo`, with what they are about in place of the variables.
 
-    That is a JSON object: captions and transcript, lists of {start_s, end_s, text}; failed, the code
-    of a span that gave neither, or null.
+    That is a JSON object: captions and transcript, lists of segments or null; failed, the code of a
+    span that gave neither, or null.
     """
     db.execute(
         f"""CREATE OR REPLACE TABLE {SUMMARIES} AS
         SELECT asked.* REPLACE (told AS variables)
         FROM (SELECT * FROM todo WHERE track = '{SUMMARY}') AS asked LEFT JOIN (
             SELECT asset_id, to_json({{
-                'captions': {_segments(f"track = '{FRAMES}'")},
-                'transcript': {_segments(f"track != '{FRAMES}'")},
+                'captions': {ledger.segments_of(f"track = '{FRAMES}'")},
+                'transcript': {ledger.segments_of(f"track != '{FRAMES}'")},
                 'failed': any_value(error_code)
             }})::VARCHAR AS told
             FROM (
@@ -35,12 +35,3 @@ def tell(db: duckdb.DuckDBPyConnection) -> None:
             ) WHERE track != '{SUMMARY}' GROUP BY asset_id
         ) USING (asset_id)"""
     )
-
-
-def _segments(which: str) -> str:
-    return f"""list_transform(
-        coalesce(list_sort(flatten(
-            list(segments ORDER BY span_index) FILTER ({which} AND segments IS NOT NULL)
-        )), []),
-        lambda one: {{'start_s': one.start_s, 'end_s': one.end_s, 'text': one.text}}
-    )"""

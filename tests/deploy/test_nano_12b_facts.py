@@ -4,26 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from bench.gpu.checkpoint import AUDIO, TEXT, VISION
 from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
 
 from operators.patchify import tokens
 
-# google/gemma-4-12B-it, config.json: the numbers that decide shapes.
-TEXT = {
-    "vocab_size": 262_144,
-    "hidden_size": 3840,
-    "intermediate_size": 15_360,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 1,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "attention_k_eq_v": True,
-    "sliding_window": 1024,
-    "final_logit_softcapping": 30.0,
-    "tie_word_embeddings": True,
-}
 # Width, height: tokens at 70, 140, 280, 560 and 1120.
 TOKENS = {
     (1920, 1080): (66, 120, 264, 527, 1100),
@@ -35,9 +20,7 @@ TOKENS = {
 @pytest.fixture(scope="module")
 def model() -> Iterator[Gemma4UnifiedForConditionalGeneration]:
     config = Gemma4UnifiedConfig(
-        text_config=TEXT,
-        vision_config={"mm_embed_dim": 3840, "mm_posemb_size": 1120, "output_proj_dims": 3840},
-        audio_config={"audio_embed_dim": 640},
+        text_config=TEXT | {"tie_word_embeddings": True}, vision_config=VISION, audio_config=AUDIO
     )
     with torch.device("meta"):
         yield Gemma4UnifiedForConditionalGeneration(config)

@@ -117,6 +117,15 @@ def test_a_channel_of_its_own_is_named_in_its_segments() -> None:
     assert [segment["channel"] for segment in done["segments"]] == [1]
 
 
+def test_gaps_on_both_sides_of_a_caption_are_two() -> None:
+    bad = answer("x x x", "repetition")
+    (done,) = parsed(spoken(bad, answer("a dog"), bad, bad, track="frames", modality="video"))
+    assert done["text"] == "a dog"
+    assert done["error_message"] == (
+        "not described: 0:00:00.0-0:00:08.0 generate.looped, 0:00:20.0-0:00:38.0 generate.looped"
+    )
+
+
 def test_captions_of_segments_keep_their_lines_and_a_failed_one_is_a_gap() -> None:
     answers = (answer("a dog\nruns "), answer("x x x", "repetition"), answer(" a cat"))
     (done,) = parsed(spoken(*answers, track="frames", modality="video"))

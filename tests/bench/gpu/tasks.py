@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from bench.gpu.stream import Source
 
+from operators.engine import media_input
 from operators.engine_media import engine_media
 from operators.frames import SAMPLE_RATE_HZ, frames
 from operators.patchify import patchify
@@ -242,29 +243,11 @@ class Feed:
 
 def engine_input(request: Finished, *, uint8: bool = False) -> Any:
     """vLLM's own input of a prepared request. uint8: patches as they are, for the embedder's prototype."""
-    import torch
-    from vllm.inputs.engine import mm_input
-    from vllm.multimodal.inputs import (
-        MultiModalFieldConfig,
-        MultiModalKwargsItems,
-        PlaceholderRange,
-    )
-
     media = engine_media(request)
-    tensors = dict(media.tensors)
     if uint8:
+        import torch
+
         assert isinstance(request, ImageRequest)
-        tensors["pixel_values"] = torch.from_numpy(request.patches)[None]
-    fields = dict.fromkeys(tensors, MultiModalFieldConfig.batched(media.modality))
-    if media.frame_counts is not None:
-        by_frame = MultiModalFieldConfig.flat_from_sizes(
-            media.modality, tensors[media.frame_counts]
-        )
-        fields = dict.fromkeys(tensors, by_frame)
-        fields[media.frame_counts] = MultiModalFieldConfig.batched(media.modality, keep_on_cpu=True)
-    return mm_input(
-        request.token_ids,
-        MultiModalKwargsItems.from_hf_inputs(tensors, fields),
-        {media.modality: media.hashes},
-        {media.modality: [PlaceholderRange(*place) for place in media.places]},
-    )
+        patches = torch.from_numpy(request.patches)[None]
+        media = media._replace(tensors=media.tensors | {"pixel_values": patches})
+    return media_input(request.token_ids, media)
