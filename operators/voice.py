@@ -22,8 +22,11 @@ from operators.frames import SAMPLE_RATE_HZ, Waveform
 CHUNK_SAMPLES = 512
 CONTEXT_SAMPLES = 64
 STATE_SHAPE = (1, 1, 128)
-# Speech ends where the probability falls so much under the threshold; Silero's own value.
-HYSTERESIS = 0.15
+# Of the threshold: what reaches this much is kept where the threshold itself is reached nearby. Silero
+# hears a word in a thousand only faintly, isolated ones after music first of all.
+FAINT = 0.6
+# Of the threshold: where a stretch of speech ends.
+ENDED = 0.4
 # A shorter burst is a click: 96 ms. The shortest word of the speech bank takes 150.
 LEAST_SPEECH_CHUNKS = 3
 # Kept on both sides of speech: the model starts late on soft consonants and stops early.
@@ -58,10 +61,18 @@ def speech_probabilities(samples: Waveform) -> Probabilities:
 def speech_regions(probabilities: Probabilities, threshold: float, samples: int) -> list[Region]:
     """(start, end) in samples of each stretch of speech, with its margin; overlapping ones joined.
 
-    Chunk 0 starts at sample 0; regions lie within 0..samples.
+    Chunk 0 starts at sample 0; regions lie within 0..samples. Faint stretches count where one
+    reaches the threshold; where none does, nobody speaks.
     """
+    runs = [
+        run
+        for run in _runs(probabilities, threshold)
+        if _lasts(probabilities, run, FAINT * threshold)
+    ]
+    if not any(_lasts(probabilities, run, threshold) for run in runs):
+        return []
     regions: list[Region] = []
-    for first, last in _runs(probabilities, threshold):
+    for first, last in runs:
         start = max(0, first * CHUNK_SAMPLES - MARGIN_SAMPLES)
         end = min(samples, last * CHUNK_SAMPLES + MARGIN_SAMPLES)
         if start >= end:
@@ -81,23 +92,23 @@ def only_speech(samples: Waveform, regions: list[Region]) -> Waveform:
 
 
 def _runs(probabilities: Probabilities, threshold: float) -> list[Region]:
-    """Chunks [first, last) of speech: from the threshold on, until it falls well below."""
+    """Chunks [first, last) of each stretch, from where it is faint until it has ended."""
     runs = []
     first: int | None = None
     for index, probability in enumerate(probabilities):
         if first is None:
-            if probability >= threshold:
+            if probability >= FAINT * threshold:
                 first = index
-        elif probability < threshold - HYSTERESIS:
+        elif probability < ENDED * threshold:
             runs.append((first, index))
             first = None
     if first is not None:
         runs.append((first, len(probabilities)))
-    return [
-        (first, last)
-        for first, last in runs
-        if np.count_nonzero(probabilities[first:last] >= threshold) >= LEAST_SPEECH_CHUNKS
-    ]
+    return runs
+
+
+def _lasts(probabilities: Probabilities, run: Region, level: float) -> bool:
+    return int(np.count_nonzero(probabilities[slice(*run)] >= level)) >= LEAST_SPEECH_CHUNKS
 
 
 @cache

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from operators.frames import SAMPLE_RATE_HZ, Waveform
 from operators.settings import AudioSettings
-from operators.voice import CHUNK_SAMPLES, HYSTERESIS, Probabilities
+from operators.voice import CHUNK_SAMPLES, FAINT, Probabilities
 
 STEP = 0.7
 REACH = 0.15
@@ -115,7 +115,7 @@ def cut(
     first, last = nominal - grid.reach, min(nominal + grid.reach, len(probabilities))
     if last <= first:  # the stream ends before: nothing to cut
         return tile_start + nominal * CHUNK_SAMPLES
-    pauses = _pauses(probabilities[first:last] < threshold - HYSTERESIS)
+    pauses = _pauses(probabilities[first:last] < FAINT * threshold)
     if pauses:
         start, end = min(
             pauses,

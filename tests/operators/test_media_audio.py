@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import wave
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -36,6 +37,8 @@ PROMPT = Prompt(
     max_tokens=1000,
 )
 AUDIO = AudioSettings(timeout_s=60)
+# 1000 take 200 s, and agree as well.
+LENGTHS = 100
 # A block, 303 s, and a part of the next.
 LONG_S = 340.0
 
@@ -238,3 +241,39 @@ def test_a_late_start_and_a_hole_are_at_their_true_times(tmp_path: Path) -> None
             start - 0.07 <= start_s + 100 and end_s + 100 <= end + 0.07
             for start, end, _, _ in windows([row])
         )
+
+
+def test_frames_placeholders_and_durations_agree_at_random_lengths_and_rates(
+    tmp_path: Path,
+) -> None:
+    draw = np.random.default_rng(17)
+    sound = spoken(30, seed=3, gaps_s=(0.1, 0.2)).samples
+    drawn = {}
+    for index in range(LENGTHS):
+        rate = int(draw.integers(4_000, 96_001))
+        count = max(rate // 10 + 1, int(rate * np.exp(draw.uniform(np.log(0.1), np.log(20)))))
+        places = np.arange(count) * RATE_HZ / rate
+        played = np.interp(places, np.arange(len(sound)), sound)
+        path = tmp_path / f"{index}.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, rate, 0, "NONE", ""))
+            file.writeframes((played * 32767).astype("<i2").tobytes())
+        drawn[path.name] = count / rate
+    table = pa.concat_tables(plan(tmp_path / name) for name in drawn)
+    rows = stage()(table).to_pylist()
+    assert len(rows) == len(drawn)
+    heard = 0
+    for row, duration_s in zip(rows, drawn.values(), strict=True):
+        assert row["error_message"] is None
+        # an entry of the time line is a sample of 16 kHz
+        assert row["duration_s"] == pytest.approx(duration_s, abs=1 / RATE_HZ)
+        columns = ("start_s", "end_s", "columns", "tokens", "media")
+        for start_s, end_s, count, ids, media in zip(
+            *(row[f"window_{name}"] for name in columns), strict=True
+        ):
+            heard += 1
+            assert count == -(-round((end_s - start_s) * RATE_HZ) // FRAME_SAMPLES)
+            assert ids.count(PROMPT.media_id) == count
+            assert len(media) == count * FRAME_SAMPLES * 4
+            assert 0 <= start_s < end_s <= duration_s + 1 / RATE_HZ
+    assert heard > LENGTHS / 2

@@ -73,7 +73,7 @@ def test_a_pure_function_of_its_samples() -> None:
     assert len(speech_probabilities(recording.samples[:1])) == 1
 
 
-def test_regions_have_hysteresis_a_least_length_and_margins() -> None:
+def test_regions_have_a_least_length_margins_and_faint_neighbours() -> None:
     def regions(*probabilities: float) -> list[tuple[int, int]]:
         values = np.array(probabilities, np.float32)
         return speech_regions(values, 0.5, len(values) * CHUNK_SAMPLES)
@@ -86,7 +86,12 @@ def test_regions_have_hysteresis_a_least_length_and_margins() -> None:
     assert regions(*quiet) == []
     assert regions(*quiet, 0.9, 0.9, *quiet) == []
     assert regions(*quiet, 0.9, 0.9, 0.9, *quiet) == [region(20, 23, 43)]
-    assert regions(*quiet, 0.9, 0.4, 0.9, 0.9, *quiet) == [region(20, 24, 44)]
+    assert regions(*quiet, 0.9, 0.22, 0.9, 0.9, *quiet) == [region(20, 24, 44)]
+    # Faint words count beside sure ones, not alone.
+    faint, sure = [0.32] * 3, [0.6] * 3
+    assert regions(*quiet, *faint, *quiet) == []
+    assert regions(*sure, *quiet, *faint, *quiet) == [region(0, 3, 46), region(23, 26, 46)]
+    assert regions(*sure, *quiet, 0.32, 0.32, *quiet) == [region(0, 3, 45)]
     assert regions(*quiet, 0.9, 0.9, 0.9) == [region(20, 23, 23)]
     apart = regions(0.9, 0.9, 0.9, *quiet, 0.9, 0.9, 0.9)
     assert apart == [region(0, 3, 26), region(23, 26, 26)]
