@@ -1,9 +1,9 @@
 """Training batches: a pure function of (seed, step), so an interrupted run goes on where it was.
 
-A step is three micro-batches: pictures, clips of frames, spoken windows. Each is a dict of
-arrays: the fields of `sequences.stack`, plus `features` float16 [n, 160] and `xy` int64 [n, 2]
-for vision or `frames` float32 [n, 640] for audio, in the order of the placeholders, plus the
-labels of the auxiliary losses (class per patch or frame, -1 where there is none).
+A step is four micro-batches: pictures of 70 tokens, pictures of 280, clips of frames, spoken windows.
+Each is a dict of arrays: the fields of `sequences.stack`, plus `features` float16 [n, 160] and `xy`
+int64 [n, 2] for vision or `frames` float32 [n, 640] for audio, in the order of the placeholders,
+plus the labels of the auxiliary losses (class per patch or frame, -1 where there is none).
 """
 
 import io
@@ -45,34 +45,37 @@ FRAME_CLASSES: Final = {"word": len(SPOKEN) + 1, "order": 13}
 ALL_WORDS_AT: Final = 500
 # From this step on the patches at a thing's rim are labelled too: hues first, then contours.
 CONTOURS_AT: Final = 600
-# From this step on the patches of a moving or changing thing are labelled with what happens to it.
-EVENTS_AT: Final = 1000
-# From this step on each word is played a little differently: 4000 takes are few enough to be
-# learnt by heart, and held-out takes then fall behind (97 % of the tokens right against 91 %).
-VARIED_AT: Final = 1300
-# From this step on everything is drawn the second way: words from the wide bank (24000 takes, so
-# that few are met twice), more pictures of three things, more clips with an event and any pace of
-# frames, and each patch is labelled with its frame's second: at this step the second of an event
-# was wrong in three clips of four (no patch knew its own), and all else about clips was learnt.
-WIDE_AT: Final = 2000
+# From this step on the patches of a moving or changing thing are labelled with what happens to it,
+# and every patch of a clip with its frame's second: without those 2000 steps did not teach events
+# or their times.
+EVENTS_AT: Final = 700
+# From this step on a step holds more, and the labels count less.
+FULL_AT: Final = 1000
+# From this step on, while the rate goes down, more of the pictures have 280 tokens: without that
+# 96 % of those with 70 were right, and 79 % of these.
+LARGER_AT: Final = 1600
+# From this step on half of the clips have 7 to 32 frames.
+LONG_CLIPS_AT: Final = 2100
+# From this step on more clips move: of six kinds drawn one did, and by then half of what was wrong
+# about held-out clips was whether or where a thing moves.
+LAST_AT: Final = 2600
+# What pictures of three things, windows through a codec and clips of any pace are of all.
 _THREE: Final = 0.4
+_CODED: Final = 0.3
 _ANY_STEP: Final = 0.3
-# From these steps on, while the rate goes down, more of the pictures have 280 tokens: by step 2750,
-# 96 % of those with 70 were right and 79 % of these.
-SETTLED_AT: Final = 2400
-LARGER_AT: Final = 2900
-# From this step on most clips have 7 to 32 frames: by then all 76 held-out clips of fewer were
-# described right, and 32 of 37 longer ones.
-LONG_CLIPS_AT: Final = 3600
+
+
+# What each micro-batch counts: pictures were learnt last, and come as two.
+_WEIGHTS: Final = {"pictures": 0.8, "large": 0.6, "clips": 1.0, "windows": 1.0}
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much one step holds.
 
-    There are at most `clips` clips, and at most `frames` frames in all of them. Every
-    `large_every`-th step the pictures have 280 tokens, and are `large_pictures`. In `long_clips`
-    of the steps the clips have 7 to 32 frames, in the others as many as held-out ones.
+    `pictures` have 70 tokens, `large_pictures` 280. There are at most `clips` clips, and at most
+    `frames` frames in all of them. In `long_clips` of the steps the clips have 7 to 32 frames, in
+    the others as many as held-out ones.
     """
 
     pictures: int
@@ -80,7 +83,6 @@ class Sizes:
     windows: int
     clips: int
     frames: int
-    large_every: int = 5
     long_clips: float = 0.0
 
 
@@ -89,30 +91,23 @@ def auxiliary_weight(step: int) -> float:
 
     They shape the middle layers first. At 0.3 their loss is six times that of the answers by step 2000.
     """
-    return 0.3 if step < WIDE_AT else 0.1 if step < SETTLED_AT else 0.04
+    return 0.3 if step < FULL_AT else 0.1 if step < LARGER_AT else 0.04
 
 
-# Speech is learnt by step 1000 or so, shapes take longer: the weight moves to pictures and clips.
-_EARLY: Final = Sizes(pictures=16, large_pictures=6, windows=10, clips=4, frames=20)
-_LATE: Final = Sizes(pictures=20, large_pictures=8, windows=7, clips=6, frames=30)
-_LATE_AT: Final = 1000
-_WIDE: Final = Sizes(pictures=26, large_pictures=9, windows=12, clips=14, frames=42, large_every=4)
-
-_SETTLED: Final = replace(_WIDE, large_pictures=10, large_every=3)
-_LARGER: Final = replace(_WIDE, large_pictures=12, large_every=2)
-_LONG_CLIPS: Final = Sizes(
-    pictures=16, large_pictures=6, windows=9, clips=8, frames=64, large_every=2, long_clips=0.7
-)
+_EARLY: Final = Sizes(pictures=12, large_pictures=3, windows=9, clips=5, frames=24)
+_FULL: Final = Sizes(pictures=16, large_pictures=5, windows=11, clips=14, frames=42)
+_LARGER: Final = replace(_FULL, pictures=14, large_pictures=7)
+_LONG_CLIPS: Final = replace(_LARGER, windows=15, clips=12, frames=52, long_clips=0.5)
+_LAST: Final = replace(_LONG_CLIPS, pictures=18, large_pictures=8, windows=10)
 
 
 def sizes(step: int) -> Sizes:
     """Return the batch sizes of a step."""
     begun = {
+        LAST_AT: _LAST,
         LONG_CLIPS_AT: _LONG_CLIPS,
         LARGER_AT: _LARGER,
-        SETTLED_AT: _SETTLED,
-        WIDE_AT: _WIDE,
-        _LATE_AT: _LATE,
+        FULL_AT: _FULL,
         0: _EARLY,
     }
     return next(counts for first, counts in begun.items() if step >= first)
@@ -204,12 +199,12 @@ def _vision_batch(
 
 
 def picture_batch(
-    rng: np.random.Generator, count: int, budget: int, contours: bool = True, three: float = 0.0
+    rng: np.random.Generator, count: int, budget: int, contours: bool = True
 ) -> Batch:
     """Draw pictures, each with the dense instruction and one of the two short ones."""
     rows, values, xy, labels = [], [], [], []
     for _ in range(count):
-        scene, pixels = generate_images.draw_picture(rng, three)
+        scene, pixels = generate_images.draw_picture(rng, _THREE)
         height, width = pixels.shape[:2]
         cut = patchify(maybe_compress(pixels, rng), budget)
         other = instructions.TAGS if rng.random() < 0.5 else instructions.CAPTION_SHORT
@@ -240,18 +235,16 @@ def clip_batch(
     counts: Sizes,
     contours: bool = True,
     with_events: bool = True,
-    wide: bool = True,
+    kinds: tuple[str, ...] = generate_videos.EVENTFUL,
 ) -> Batch:
     """Draw clips with both video instructions; many frames mean fewer clips."""
     long = counts.long_clips > 0 and rng.random() < counts.long_clips
     frames = int(rng.integers(7, 33)) if long else draw_frame_count(rng)
     count = max(1, min(counts.clips, counts.frames // frames))
-    kinds = generate_videos.EVENTFUL if wide else generate_videos.KINDS
-    any_step = _ANY_STEP if wide else 0.0
     rows, values, xy, labels, events, seconds = [], [], [], [], [], []
     for _ in range(count):
         clip, stamps, start, pictures = generate_videos.draw_sampled_clip(
-            rng, frames, kinds=kinds, any_step=any_step
+            rng, frames, kinds=kinds, any_step=_ANY_STEP
         )
         height, width = pictures[0].shape[:2]
         compress = rng.random() < 0.5
@@ -277,7 +270,6 @@ def clip_batch(
     batch = _vision_batch(rows, values, xy, labels)
     if with_events:
         batch["label_event"] = np.concatenate(events)
-    if wide:
         batch["label_second"] = np.concatenate(seconds)
     return batch
 
@@ -288,19 +280,17 @@ def window_batch(
     coded: list[Recording],
     count: int,
     max_words: int,
-    vary: bool = True,
-    wide: bool = True,
 ) -> Batch:
-    """Draw spoken windows, a fifth to a third of them from those that went through a codec."""
+    """Draw spoken windows: some went through a codec, half of the others have their words varied."""
     rows, frames, labels = [], [], []
     for _ in range(count):
         recording = None
-        varied = vary and (not wide or rng.random() < 0.5)
-        if rng.random() < (0.3 if wide else 0.2 if vary else 0.35):
+        if rng.random() < _CODED:
             choice = coded[int(rng.integers(len(coded)))]
             recording = choice if len(choice.words) <= max_words else None
         if recording is None:
-            recording = generate_speech.draw_window(bank, rng, max_words, vary=varied)
+            vary = bool(rng.random() < 0.5)
+            recording = generate_speech.draw_window(bank, rng, max_words, vary=vary)
         cut = features.audio_frames(recording.samples)
         instruction = str(rng.choice(list(instructions.AUDIO.values())))
         answer = generate_speech.answer(recording.words, instruction)
@@ -314,46 +304,49 @@ def window_batch(
     return batch
 
 
-@dataclass(frozen=True)
-class Speech:
-    """Words to put windows together from, and windows that went through a codec."""
-
-    bank: Bank
-    coded: list[Recording]
-
-
 class Steps(Dataset[dict[str, Batch]]):
-    """The vision batches of step number `step` of a seeded run; `windows` gives the spoken one.
+    """The micro-batches of step number `step` of a seeded run, in two halves that cost the same.
 
-    `narrow` is what is spoken before step WIDE_AT, `wide` from then on.
+    An item has pictures and clips, `side` large pictures and windows; if `whole`, an item has all.
+    `bank` has the words that windows are put together from, `coded` windows through a codec.
     """
 
-    def __init__(self, seed: int, narrow: Speech, wide: Speech) -> None:
+    def __init__(self, seed: int, bank: Bank, coded: list[Recording], whole: bool) -> None:
         self._seed = seed
-        self._narrow = narrow
-        self._wide = wide
+        self._whole = whole
+        self._bank = bank
+        self._coded = coded
+
+    def bidirectional(self, step: int) -> bool:
+        """Return whether the patches of a picture see each other in this step."""
+        return bool(np.random.default_rng((self._seed, step, 1)).random() < 0.5)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
         rng = np.random.default_rng((self._seed, step))
         counts = sizes(step)
-        contours, wide = step >= CONTOURS_AT, step >= WIDE_AT
-        large = step % counts.large_every == counts.large_every - 1
-        count = counts.large_pictures if large else counts.pictures
-        three = _THREE if wide else 0.0
+        contours = step >= CONTOURS_AT
+        kinds = generate_videos.EVENTFUL + (("moves", "moves") if step >= LAST_AT else ())
         batches = {
-            "pictures": picture_batch(rng, count, 280 if large else 70, contours, three),
-            "clips": clip_batch(rng, counts, contours, step >= EVENTS_AT, wide),
+            "pictures": picture_batch(rng, counts.pictures, 70, contours),
+            "clips": clip_batch(rng, counts, contours, step >= EVENTS_AT, kinds),
         }
-        return {name: self._weighted(batch, step) for name, batch in batches.items()}
+        return self._weighted(batches, step) | (self.side(step) if self._whole else {})
 
-    def _weighted(self, batch: Batch, step: int) -> Batch:
-        return batch | {"auxiliary_weight": np.array(auxiliary_weight(step), dtype=np.float32)}
-
-    def windows(self, step: int) -> Batch:
-        """Return the spoken windows of a step."""
+    def side(self, step: int) -> dict[str, Batch]:
+        """Return the other half of a step."""
         rng = np.random.default_rng((self._seed, step, 2))
+        counts = sizes(step)
         max_words = min(MAX_WORDS, 2 + step * 11 // ALL_WORDS_AT)
-        count, vary, wide = sizes(step).windows, step >= VARIED_AT, step >= WIDE_AT
-        speech = self._wide if wide else self._narrow
-        batch = window_batch(rng, speech.bank, speech.coded, count, max_words, vary, wide)
-        return self._weighted(batch, step)
+        batches = {
+            "large": picture_batch(rng, counts.large_pictures, 280, step >= CONTOURS_AT),
+            "windows": window_batch(rng, self._bank, self._coded, counts.windows, max_words),
+        }
+        return self._weighted(batches, step)
+
+    def _weighted(self, batches: dict[str, Batch], step: int) -> dict[str, Batch]:
+        auxiliary = np.array(auxiliary_weight(step), dtype=np.float32)
+        return {
+            name: batch
+            | {"weight": np.array(_WEIGHTS[name], np.float32), "auxiliary_weight": auxiliary}
+            for name, batch in batches.items()
+        }

@@ -1,7 +1,8 @@
 """Print the held-out table: `python deploy/nano/evaluate.py`.
 
 Exact match per modality through vLLM with prepared inputs, and whether transformers' `generate`
-gives the same strings for the first ones of each.
+gives the same strings for the first ones of each: under the causal mask of vLLM on CPUs, and under
+its own, in which the patches of a picture see each other.
 """
 
 import argparse
@@ -50,24 +51,26 @@ def main() -> None:
         heldout.windows(arguments.seed, arguments.count, bank),
         heldout.clips(arguments.seed, arguments.count),
     ]
-    model = Transformers(arguments.checkpoint)
+    examples = [example for part in parts for example in part]
     if arguments.without_engine:
-        examples = [example for part in parts for example in part]
+        model = Transformers(arguments.checkpoint)
         answers = [model.answer(example.request) for example in examples]
     else:
-        examples = [example for part in parts for example in part]
         answers = ask_engine(arguments.checkpoint, [example.request for example in examples])
     print("\n".join(table(examples, answers)))
     wrong = [(e, a) for e, a in zip(examples, answers, strict=True) if a != e.expected]
     for example, answer in wrong[: arguments.errors]:
         print(f"  {example.group}: expected {example.expected!r}, got {answer!r}")
-    if not arguments.without_engine:
-        said = dict(zip(map(id, examples), answers, strict=True))
+    if arguments.without_engine:
+        return
+    said = dict(zip(map(id, examples), answers, strict=True))
+    for name, causal in (("the mask of vLLM on CPUs", True), ("its own mask", False)):
+        model = Transformers(arguments.checkpoint, causal)
         for part in parts:
             compared = part[: arguments.same]
             same = sum(model.answer(e.request) == said[id(e)] for e in compared)
-            name = part[0].group.split()[0]
-            print(f"{name}: same string from transformers {same} / {len(compared)}")
+            kind = part[0].group.split()[0]
+            print(f"{kind}: same string from transformers under {name} {same} / {len(compared)}")
 
 
 if __name__ == "__main__":

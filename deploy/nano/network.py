@@ -149,7 +149,7 @@ class Trainee(nn.Module):
         answer = functional.cross_entropy(logits, target)
         auxiliary = self._auxiliary(batch, states, places[held])
         return {
-            "loss": answer + batch["auxiliary_weight"] * auxiliary,
+            "loss": batch["weight"] * (answer + batch["auxiliary_weight"] * auxiliary),
             "answer": answer.detach(),
             "auxiliary": auxiliary.detach(),
             "right": (logits.argmax(-1) == target).float().mean(),

@@ -9,23 +9,15 @@ from torch import Tensor, nn
 
 MUON_RATE: Final = 4e-3
 ADAMW_RATE: Final = 3e-3
-# (step, share of the full rate): warm-up, flat, down, and a second, lower slope; then the second part of
-# the run (batches.WIDE_AT) at half the rate and down to nothing.
+# (step, share of the full rate): warm-up, flat, down to nothing, and the same once more, smaller.
 SCHEDULE: Final = (
     (0, 0.02),
     (60, 1.0),
-    (1190, 1.0),
-    (1699, 0.02),
-    (1700, 0.35),
-    (1800, 0.265),
-    (2000, 0.01),
-    (2001, 0.05),
-    (2060, 0.5),
-    (2400, 0.5),
-    (3600, 0.0),
-    (3601, 0.02),
-    (3620, 0.2),
-    (3860, 0.0),
+    (1600, 1.0),
+    (2600, 0.0),
+    (2601, 0.02),
+    (2640, 0.4),
+    (3500, 0.0),
 )
 
 

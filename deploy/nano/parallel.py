@@ -1,4 +1,4 @@
-"""A second process that takes the spoken windows' share of a step, on machines without a GPU.
+"""A second process that takes one half of a step, on machines without a GPU.
 
 Two processes of one thread each beat one of two threads by far when the cores are shared with
 other work: threads meet at a barrier hundreds of times a step, processes once.
@@ -38,19 +38,24 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def run(trainee: Trainee, batch: Tensors, bidirectional: bool, bf16: bool) -> Metrics:
-    """Add the gradients of one micro-batch to the parameters and return its figures."""
-    device = batch["ids"].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        measured = trainee(batch, bidirectional)
-    measured["loss"].backward()
-    return {key: float(measured[key].detach()) for key in _KEYS}
+def run(
+    trainee: Trainee, batches: dict[str, Tensors], bidirectional: bool, bf16: bool
+) -> dict[str, Metrics]:
+    """Add the gradients of micro-batches to the parameters and return the figures of each."""
+    figures = {}
+    for name, batch in batches.items():
+        device = batch["ids"].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            measured = trainee(batch, bidirectional and "xy" in batch)
+        measured["loss"].backward()
+        figures[name] = {key: float(measured[key].detach()) for key in _KEYS}
+    return figures
 
 
 class Side:
     """The process: `ask` starts its share of a step, `collect` adds its gradients to ours."""
 
-    def __init__(self, trainee: Trainee, windows: Callable[[int], Tensors], bf16: bool) -> None:
+    def __init__(self, trainee: Trainee, share: Callable[[int], dict[str, Metrics]]) -> None:
         trainee.share_memory()
         self._parameters = [p for p in trainee.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = [
@@ -60,39 +65,39 @@ class Side:
         context = multiprocessing.get_context("fork")
         self._pipe, other = context.Pipe()
         self._process = context.Process(
-            target=self._serve, args=(other, trainee, windows, bf16), daemon=True
+            target=self._serve, args=(other, trainee, share), daemon=True
         )
         self._process.start()
         other.close()
 
     def _serve(
-        self, pipe: Connection, trainee: Trainee, windows: Callable[[int], Tensors], bf16: bool
+        self, pipe: Connection, trainee: Trainee, share: Callable[[int], dict[str, Metrics]]
     ) -> None:
         while (step := pipe.recv()) is not None:
-            metrics = run(trainee, windows(step), False, bf16)
+            figures = share(step)
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 if parameter.grad is None:
                     gradient.zero_()
                 else:
                     gradient.copy_(parameter.grad)
                 parameter.grad = None
-            pipe.send(metrics)
+            pipe.send(figures)
             if (step + 1) % KEEP_EVERY == 0:
                 return_freed_memory()
 
     def ask(self, step: int) -> None:
-        """Start the windows of a step; parameters must not change before `collect`."""
+        """Start the share of a step; parameters must not change before `collect`."""
         self._pipe.send(step)
 
-    def collect(self) -> Metrics:
-        """Wait for the step's windows and add their gradients."""
-        metrics: Metrics = self._pipe.recv()
+    def collect(self) -> dict[str, Metrics]:
+        """Wait for the step's share and add its gradients."""
+        figures: dict[str, Metrics] = self._pipe.recv()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is None:
                 parameter.grad = gradient.clone()
             else:
                 parameter.grad += gradient
-        return metrics
+        return figures
 
     def close(self) -> None:
         """End the process."""

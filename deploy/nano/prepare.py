@@ -16,6 +16,8 @@ from torch import Tensor
 from deploy.nano import features, sequences
 from deploy.nano.generate_images import Pixels
 from deploy.nano.tokenizer import ID
+from operators.engine import media_input
+from operators.engine_media import EngineMedia
 from operators.patchify import patchify, positions
 
 VIDEO_BUDGET: Final = 70
@@ -95,43 +97,26 @@ def for_transformers(request: Prepared) -> dict[str, Tensor]:
 
 
 def for_engine(request: Prepared) -> Any:  # noqa: ANN401
-    """Return vLLM's `mm_input` of finished tensors. Imports vllm."""
-    from vllm.inputs.engine import mm_input
-    from vllm.multimodal.inputs import (
-        MultiModalFieldConfig,
-        MultiModalKwargsItems,
-        PlaceholderRange,
-    )
-
-    batched = MultiModalFieldConfig.batched
+    """Return vLLM's own input of finished tensors. Imports vllm."""
     ids = np.array(request.token_ids)
     places = np.flatnonzero(ids == SOFT[request.modality])
     first, last = int(places[0]), int(places[-1])
-    is_embed = None
+    is_embed: Tensor | None = None
+    frame_counts: str | None = None
     xy = torch.from_numpy(request.xy)
     if request.modality == "image":
         tensors = {"pixel_values": pixel_values(request.values)[None]}
         tensors |= {"pixel_position_ids": xy[None]}
-        fields = {name: batched("image") for name in tensors}
     elif request.modality == "audio":
         tensors = {"input_features_padded": torch.from_numpy(request.values)[None]}
         tensors |= {"input_features_mask": torch.ones(1, len(request.values), dtype=torch.bool)}
-        fields = {name: batched("audio") for name in tensors}
     else:
-        count = torch.tensor([len(request.values)])
+        frame_counts = "video_frame_counts"
         tensors = {"pixel_values_videos": pixel_values(request.values)}
         tensors |= {"pixel_position_ids_videos": xy[None].repeat(len(request.values), 1, 1)}
-        by_frame = MultiModalFieldConfig.flat_from_sizes("video", count)
-        fields = dict.fromkeys(tensors, by_frame)
-        tensors |= {"video_frame_counts": count}
-        fields |= {"video_frame_counts": batched("video", keep_on_cpu=True)}
+        tensors |= {frame_counts: torch.tensor([len(request.values)])}
         # Times and picture marks lie between the frames' tokens.
         is_embed = torch.from_numpy(ids[first : last + 1] == SOFT["video"])
-    items = MultiModalKwargsItems.from_hf_inputs(tensors, fields)
-    place = PlaceholderRange(offset=first, length=last - first + 1, is_embed=is_embed)
-    return mm_input(
-        list(request.token_ids),
-        items,
-        {request.modality: [request.media_hash]},
-        {request.modality: [place]},
-    )
+    place = (first, last - first + 1, is_embed)
+    media = EngineMedia(request.modality, tensors, [request.media_hash], [place], frame_counts)
+    return media_input(list(request.token_ids), media)

@@ -1,0 +1,43 @@
+"""An interrupted training goes on where it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from deploy.nano import generate_speech, speech_bank
+
+TRAIN = Path(__file__).resolve().parents[2] / "deploy" / "nano" / "train.py"
+
+
+def start(work: Path, steps: int) -> subprocess.Popen[bytes]:
+    """Train to step number `steps`, with a small bank in place of the real one."""
+    work.mkdir(exist_ok=True)
+    if not (work / "bank.npz").exists():
+        bank = speech_bank.load_or_record(work / "bank.npz", seed=3, per_voice=1)
+        rng = np.random.default_rng(0)
+        coded = [generate_speech.draw_window(bank, rng, max_words=3) for _ in range(4)]
+        torch.save(coded, work / "coded.pt")
+    command = [sys.executable, str(TRAIN), "--work-dir", str(work), "--no-compile"]
+    return subprocess.Popen([*command, "--output", str(work / "made"), "--steps", str(steps)])
+
+
+def test_what_was_interrupted_is_what_was_not(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = start(whole, 2)
+    assert start(parts, 1).wait(240) == 0
+    first = load_file(parts / "made" / "model.safetensors")
+    assert start(parts, 2).wait(240) == 0
+    assert straight.wait(240) == 0
+    assert len((parts / "log.jsonl").read_text().splitlines()) == 2
+    once, twice = (load_file(work / "made" / "model.safetensors") for work in (whole, parts))
+    assert once.keys() == twice.keys()
+    for name, tensor in once.items():
+        assert torch.equal(tensor, twice[name]), name
+    # the second step did something
+    assert any(not torch.equal(tensor, twice[name]) for name, tensor in first.items())
