@@ -1,7 +1,7 @@
 """How right the nano checkpoint's answers are on long material, and whether spans change them.
 
     python tests/bench/bench_accuracy.py recording --hours 2 --window-s 8
-    python tests/bench/bench_accuracy.py films --count 4 --shots 24 --shortest 5 --longest 6
+    python tests/bench/bench_accuracy.py films --count 12 --shots 24 --shortest 5 --longest 6
 
 recording   a generated recording among music, noise and silence, at spans of 30, 120 and 300 s: words right,
             words outside of their segment by more than 0.3 s, and whether the transcripts are the same
@@ -118,7 +118,7 @@ def main() -> None:
     one.add_argument("--hours", type=float, default=2.0)
     one.set_defaults(run=recording, seed=77)
     other = kinds.add_parser("films")
-    other.add_argument("--count", type=int, default=4)
+    other.add_argument("--count", type=int, default=12)
     other.add_argument("--shots", type=int, default=24)
     other.add_argument("--shortest", type=int, default=5)
     other.add_argument("--longest", type=int, default=6)

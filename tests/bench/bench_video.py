@@ -106,8 +106,14 @@ def pyav(path: Path) -> None:
                     break
 
 
+class NoFramesError(Exception):
+    """A loader that has no decoder for the file, and does not say so."""
+
+
 def vllm_loader(path: Path) -> None:
-    VideoBackend.load_bytes(path.read_bytes(), num_frames=FRAMES)
+    frames, _ = VideoBackend.load_bytes(path.read_bytes(), num_frames=FRAMES)
+    if len(frames) == 0:
+        raise NoFramesError
 
 
 def shots(path: Path) -> None:
@@ -160,7 +166,12 @@ def main() -> None:
             prefix_s = min(asked.prefix, length_s)
             path = make(folder, codec, size, prefix_s)
             for label, function in whole.items():
-                figures[label][column] = f"~{timed(function, path)[0] * length_s / prefix_s:.0f}"
+                try:
+                    taken_s = timed(function, path)[0]
+                except NoFramesError:
+                    figures[label][column] = "no frames"
+                else:
+                    figures[label][column] = f"~{taken_s * length_s / prefix_s:.0f}"
             figures["shots, an hour"][column] = f"~{timed(shots, path)[0] * 3600 / prefix_s:.0f}"
             path.unlink()
             print(
