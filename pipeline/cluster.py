@@ -12,11 +12,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import ray
 import ray.data
-import ray.exceptions
 
 from pipeline.compute import Node
 
@@ -58,11 +57,12 @@ def cluster(wait_s: float, say: Say) -> Iterator[Connect]:
 
 
 def await_nodes(resource: str, units: int, wait_s: float, say: Say) -> tuple[Node, ...]:
-    """The nodes of the cluster, once one of them has a whole CPU or GPU to its name.
+    """The nodes of the cluster, once one of them has a whole CPU or GPU to give.
 
     Where none has, `units` of it are asked for: tasks that wait for a place are what an autoscaler goes
     by, and unlike `request_resources` they do not overwrite what Ray Data or another job asks for. They
-    do nothing when they get one.
+    do nothing when they get one, but are over before this returns: an autoscaler that saw an engine wait
+    for the GPU that such a task holds would start another node.
     """
     nodes = cluster_nodes()
     if _has(resource, nodes):
@@ -70,26 +70,25 @@ def await_nodes(resource: str, units: int, wait_s: float, say: Say) -> tuple[Nod
     say(f"no node with a {resource} yet: asking for {units}, waiting at most {wait_s:g} s")
     began = said = time.monotonic()
     share = {"num_gpus": 1, "num_cpus": 0} if resource == "GPU" else {"num_cpus": 1}
-    ask = ray.remote(_nothing).options(max_retries=0, **share)
+    ask = ray.remote(_nothing).options(max_retries=-1, **share)
     asked = [ask.remote() for _ in range(units)]
-    try:
-        while not _has(resource, nodes):
-            now = time.monotonic()
-            if now - began > wait_s:
-                raise BrokenRunError(
-                    f"no node with a {resource} joined the cluster within {wait_s:g} s"
-                    " (limits.wait_for_workers_s). `ray status` on the head says what its autoscaler"
-                    " is waiting for. Nothing is lost: run the job again"
-                )
-            if now - said > SAY_EVERY_S:
-                said = now
-                say(f"still no node with a {resource} after {now - began:.0f} s: {_sum_of(nodes)}")
-            time.sleep(LOOK_EVERY_S)
-            nodes = cluster_nodes()
-    finally:
-        for task in asked:
-            with suppress(ray.exceptions.RayError):
+    while waiting := ray.wait(asked, num_returns=units, timeout=LOOK_EVERY_S)[1]:
+        now = time.monotonic()
+        if now - began > wait_s:
+            for task in waiting:  # never one that has ended: Ray 2.60 may abort the process
                 ray.cancel(task)
+            raise BrokenRunError(
+                f"no node with a {resource} to give joined the cluster within {wait_s:g} s"
+                " (limits.wait_for_workers_s). `ray status` on the head says what its autoscaler"
+                " is waiting for. Nothing is lost: run the job again"
+            )
+        if now - said > SAY_EVERY_S:
+            said = now
+            say(
+                f"still no node with a {resource} to give after {now - began:.0f} s:"
+                f" {_sum_of(cluster_nodes())}"
+            )
+    nodes = cluster_nodes()
     say(f"workers after {time.monotonic() - began:.0f} s: {_sum_of(nodes)}")
     return nodes
 

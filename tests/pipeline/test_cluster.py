@@ -110,7 +110,7 @@ def test_nobody_comes_and_the_run_says_so_in_time(job: Path) -> None:
     job.write_text(yaml.safe_dump(sections))
     outcome = program("several_nodes.py", "alone", job)
     assert outcome["code"] == BROKEN  # a cluster to mend, not a job to change
-    assert "no node with a CPU joined the cluster within 2 s" in outcome["said"]
+    assert "no node with a CPU to give joined the cluster within 2 s" in outcome["said"]
     assert not list(job.parent.glob("out/*/ledger"))
     (lease,) = job.parent.glob("out/*/lease.json")
     ends = json.loads(lease.read_text())["expires"]
