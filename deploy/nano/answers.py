@@ -15,7 +15,7 @@ MAX_TOKENS: Final = 48
 
 
 class Transformers:
-    """The checkpoint in transformers, bf16, greedy, one request at a time.
+    """The checkpoint in transformers, float32, greedy, one request at a time.
 
     With `causal` a picture's patches do not see the later ones, as in vLLM on CPUs.
     """
@@ -23,7 +23,7 @@ class Transformers:
     def __init__(self, checkpoint: Path, causal: bool = False) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self._model = Gemma4UnifiedForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.bfloat16
+            checkpoint, dtype=torch.float32
         )
         if causal:
             self._model.config.get_text_config().use_bidirectional_attention = None
@@ -41,7 +41,7 @@ class Transformers:
         return said
 
 
-async def _ask_engine(checkpoint: Path, requests: list[Prepared]) -> list[str]:
+async def _ask_engine(checkpoint: Path, requests: list[Prepared], dtype: str) -> list[str]:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -49,6 +49,7 @@ async def _ask_engine(checkpoint: Path, requests: list[Prepared]) -> list[str]:
 
     arguments = AsyncEngineArgs(
         model=str(checkpoint),
+        dtype=dtype,
         max_model_len=4096,
         max_num_seqs=16,
         max_num_batched_tokens=4096,
@@ -78,8 +79,8 @@ async def _ask_engine(checkpoint: Path, requests: list[Prepared]) -> list[str]:
         engine = None  # its clean-up at interpreter exit would find modules gone
 
 
-def ask_engine(checkpoint: Path, requests: list[Prepared]) -> list[str]:
+def ask_engine(checkpoint: Path, requests: list[Prepared], dtype: str = "bfloat16") -> list[str]:
     """Start vLLM (some 20 s), answer all requests greedily, shut it down."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    return asyncio.run(_ask_engine(checkpoint, requests))
+    return asyncio.run(_ask_engine(checkpoint, requests, dtype))

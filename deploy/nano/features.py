@@ -12,15 +12,16 @@ from deploy.nano.start import FRAME_SAMPLES, patch_projection
 
 @lru_cache(maxsize=1)
 def _projection() -> tuple[Tensor, Tensor]:
-    return patch_projection()
+    weight, bias = patch_projection()
+    return weight.bfloat16(), bias.bfloat16()
 
 
 def patch_features(values: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Apply the frozen layer norm and projection: uint8 [n, 6912] to float16 [n, 160]."""
+    """Apply the frozen layer norm and projection, in bf16: uint8 [n, 6912] to float16 [n, 160]."""
     weight, bias = _projection()
     scaled = (torch.from_numpy(values).float() / 255.0).bfloat16().float()
     normed = torch.nn.functional.layer_norm(scaled, (values.shape[1],))
-    projected = torch.nn.functional.linear(normed, weight, bias)
+    projected = torch.nn.functional.linear(normed.bfloat16(), weight, bias)
     halves: NDArray[np.float16] = projected.half().numpy()
     return halves
 

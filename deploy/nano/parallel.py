@@ -13,9 +13,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from deploy.nano.batches import Batch
 from deploy.nano.network import Tensors, Trainee
 
 Metrics = dict[str, float]
+Share = dict[str, Batch]
 _KEYS: Final = ("answer", "auxiliary", "right")
 # Steps from one saved state to the next.
 KEEP_EVERY: Final = 50
@@ -55,7 +57,12 @@ def run(
 class Side:
     """The process: `ask` starts its share of a step, `collect` adds its gradients to ours."""
 
-    def __init__(self, trainee: Trainee, share: Callable[[int], dict[str, Metrics]]) -> None:
+    def __init__(
+        self,
+        trainee: Trainee,
+        draw: Callable[[int], Share],
+        take: Callable[[int, Share], dict[str, Metrics]],
+    ) -> None:
         trainee.share_memory()
         self._parameters = [p for p in trainee.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = [
@@ -65,16 +72,21 @@ class Side:
         context = multiprocessing.get_context("fork")
         self._pipe, other = context.Pipe()
         self._process = context.Process(
-            target=self._serve, args=(other, trainee, share), daemon=True
+            target=self._serve, args=(other, trainee, draw, take), daemon=True
         )
         self._process.start()
         other.close()
 
     def _serve(
-        self, pipe: Connection, trainee: Trainee, share: Callable[[int], dict[str, Metrics]]
+        self,
+        pipe: Connection,
+        trainee: Trainee,
+        draw: Callable[[int], Share],
+        take: Callable[[int, Share], dict[str, Metrics]],
     ) -> None:
+        drawn: dict[int, Share] = {}
         while (step := pipe.recv()) is not None:
-            figures = share(step)
+            figures = take(step, drawn.get(step) or draw(step))
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 if parameter.grad is None:
                     gradient.zero_()
@@ -84,6 +96,7 @@ class Side:
             pipe.send(figures)
             if (step + 1) % KEEP_EVERY == 0:
                 return_freed_memory()
+            drawn = {step + 1: draw(step + 1)}  # while the parameters change
 
     def ask(self, step: int) -> None:
         """Start the share of a step; parameters must not change before `collect`."""

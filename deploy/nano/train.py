@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,11 +56,13 @@ def coded_windows(path: Path, bank: Bank) -> list[Recording]:
     """Return CODED_WINDOWS windows for each codec and bit rate, from `path` once made."""
     if not path.exists():
         rng = np.random.default_rng(BANK_SEED)
-        made: list[Recording] = []
-        for codec in generate_speech.CODECS:
-            for kbit_s in generate_speech.BITRATES_KBIT_S:
-                drawn = [generate_speech.draw_window(bank, rng) for _ in range(CODED_WINDOWS)]
-                made += generate_speech.code_together(drawn, codec, kbit_s)
+        kinds = list(product(generate_speech.CODECS, generate_speech.BITRATES_KBIT_S))
+        drawn = [
+            [generate_speech.draw_window(bank, rng) for _ in range(CODED_WINDOWS)] for _ in kinds
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            coded = pool.map(generate_speech.code_together, drawn, *zip(*kinds, strict=True))
+            made = [recording for together in coded for recording in together]
         torch.save(made, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
     loaded: list[Recording] = torch.load(path, weights_only=False)
@@ -68,6 +72,12 @@ def coded_windows(path: Path, bank: Bank) -> list[Recording]:
 def to_device(batch: Batch, device: torch.device) -> Tensors:
     """Turn arrays into tensors on the device."""
     return {k: torch.as_tensor(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def ready_to_draw(_: int) -> None:
+    """Make a drawing process take the time that training leaves."""
+    torch.set_num_threads(1)
+    os.nice(10)
 
 
 def build(seed: int) -> Trainee:
@@ -125,14 +135,14 @@ def train(arguments: argparse.Namespace) -> None:
     # Before the loader: a forked process must not inherit its threads.
     side = None
     if device.type == "cpu":
-        side = Side(trainee, lambda step: take(step, data.side(step)))
+        side = Side(trainee, data.side, take)
     loader = DataLoader(
         data,
         batch_size=None,
         sampler=range(first, arguments.steps),
         num_workers=arguments.workers,
         prefetch_factor=4,
-        worker_init_fn=lambda _: torch.set_num_threads(1),
+        worker_init_fn=ready_to_draw,
     )
     begun = time.monotonic()
     recent: dict[str, list[float]] = {}

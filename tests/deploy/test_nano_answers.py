@@ -18,9 +18,9 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "deploy" / "nano" / "checkpoi
 FLOOR = 0.93
 SEED = 2_000_003
 COMPARED = 10
-# vLLM's mask on CPUs is causal. Under transformers' own, in which a picture's patches see each other, the
-# model may differ where it is unsure.
-SAME = {"causal": 9, "own": 7}
+# In float32: bf16 is rounded at different places. vLLM's mask on CPUs is causal. Under transformers' own, in
+# which a picture's patches see each other, the model may differ where it is unsure.
+SAME = {"causal": 10, "own": 7}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,13 @@ def answers(examples: dict[str, list[Example]]) -> dict[str, list[str]]:
     return {name: [next(said) for _ in part] for name, part in examples.items()}
 
 
+@pytest.fixture(scope="module")
+def exact_answers(examples: dict[str, list[Example]]) -> dict[str, list[str]]:
+    requests = [e.request for part in examples.values() for e in part[:COMPARED]]
+    said = iter(ask_engine(CHECKPOINT, requests, "float32"))
+    return {name: [next(said) for _ in range(COMPARED)] for name in examples}
+
+
 @pytest.mark.parametrize("modality", ["image", "speech", "video"])
 def test_held_out_answers_are_right(
     modality: str, examples: dict[str, list[Example]], answers: dict[str, list[str]]
@@ -55,9 +62,9 @@ def test_transformers_says_the_same(
     modality: str,
     mask: str,
     examples: dict[str, list[Example]],
-    answers: dict[str, list[str]],
+    exact_answers: dict[str, list[str]],
 ) -> None:
     model = Transformers(CHECKPOINT, causal=mask == "causal")
     said = [model.answer(example.request) for example in examples[modality][:COMPARED]]
-    same = [a == b for a, b in zip(said, answers[modality], strict=False)]
-    assert sum(same) >= SAME[mask], list(zip(said, answers[modality], strict=False))
+    pairs = list(zip(said, exact_answers[modality], strict=True))
+    assert sum(ours == theirs for ours, theirs in pairs) >= SAME[mask], pairs

@@ -13,13 +13,13 @@ from deploy.nano import (
     generate_videos,
     instructions,
     model,
+    network,
     prepare,
     sequences,
     start,
 )
 from deploy.nano import tokenizer as nano_tokenizer
 from deploy.nano.check_samples import decode_frames
-from deploy.nano.network import masks, packed_attention
 from deploy.nano.speech_bank import Bank
 from deploy.nano.tokenizer import ID
 from deploy.nano.words import SPOKEN
@@ -146,7 +146,7 @@ def test_a_film_has_its_cuts_events_and_words_where_it_says(bank: Bank, tmp_path
 def test_branches_see_the_medium_and_themselves_only() -> None:
     sequence = sequences.of_image(2, [("Name it.", "a ring"), ("Describe it.", "a star")])
     batch = {k: torch.from_numpy(v) for k, v in sequences.stack([sequence]).items()}
-    full, sliding = (mask[0] for mask in masks(batch, True, 1024))
+    full, sliding = (seen.mask[0] for seen in network.masks(batch, True, 1024))
     branch = batch["branch"][0]
     first, second = torch.where(branch == 1)[0], torch.where(branch == 2)[0]
     assert not full[second][:, first].any()
@@ -157,25 +157,37 @@ def test_branches_see_the_medium_and_themselves_only() -> None:
     assert not full[picture[0], picture[1]]
 
 
-@torch.no_grad()
-def test_packed_attention_is_that_of_each_sequence_alone() -> None:
+@pytest.mark.parametrize("queries", [2, 256])
+def test_packed_attention_is_that_of_each_sequence_alone(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result and its gradients, in one block of queries and in three."""
+    monkeypatch.setattr(network, "_QUERIES", queries)
     torch.manual_seed(0)
     lengths, heads, size = (5, 3), 2, 4
-    query, key = torch.randn(1, heads, 8, size), torch.randn(1, 1, 8, size)
-    value = torch.randn(1, 1, 8, size)
+    inputs = [torch.randn(1, many, 8, size, requires_grad=True) for many in (heads, 1, 1)]
     mask = torch.ones(2, 5, 5, dtype=torch.bool).tril()
     mask[1, 3:] = False
+    seen = network.cut(mask)
+    assert len(seen.blocks) == -(-5 // queries)
     places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
-    packed, _ = packed_attention(torch.nn.Identity(), query, key, value, (mask, places))
-    for part in (slice(0, lengths[0]), slice(lengths[0], 8)):
-        alone = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, part],
-            key[:, :, part].expand(-1, heads, -1, -1),
-            value[:, :, part].expand(-1, heads, -1, -1),
+    packed, _ = network.packed_attention(torch.nn.Identity(), *inputs, (seen, places))
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(each[:, :, part].expand(-1, heads, -1, -1) for each in inputs),
             is_causal=True,
             scale=1.0,
-        )
-        assert torch.allclose(packed[:, part], alone.transpose(1, 2), atol=1e-5)
+        ).transpose(1, 2)
+        for part in (slice(0, lengths[0]), slice(lengths[0], 8))
+    ]
+    wanted = torch.cat(alone, dim=1)
+    assert torch.allclose(packed, wanted, atol=1e-5)
+    weights = torch.randn_like(packed)
+    found = torch.autograd.grad((packed * weights).sum(), inputs)
+    for of_ours, of_theirs in zip(
+        found, torch.autograd.grad((wanted * weights).sum(), inputs), strict=True
+    ):
+        assert torch.allclose(of_ours, of_theirs, atol=1e-5)
 
 
 def test_the_first_mlp_starts_as_band_energies() -> None:
