@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from operators.patchify import positions
+from operators.prepare_video import ITEM_SOFT_TOKENS
 from operators.requests import AudioRequest, ImageRequest, VideoRequest
 
 
@@ -95,22 +96,38 @@ def _video(request: VideoRequest) -> EngineMedia:
     """
     import torch
 
-    values, grids = _frames(request)
     places = _places(request)
     first, length = int(places[0]), int(places[-1] - places[0] + 1)
     holds = torch.zeros(length, dtype=torch.bool)
     holds[torch.from_numpy(places - first)] = True
     return EngineMedia(
         "video",
-        {
-            "pixel_values_videos": values,
-            "pixel_position_ids_videos": grids,
-            "video_frame_counts": torch.tensor([len(values)]),
-        },
+        video_tensors(*_frames(request)),
         [request.media_hash],
         [(first, length, holds)],
         frame_counts="video_frame_counts",
     )
+
+
+def video_tensors(values: Any, grids: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The fields of a video item, from `_frames`, each frame padded to what the item is made for.
+
+    As transformers' processor pads: zeros at position -1, which the model takes out again. vLLM
+    encodes the videos of a step together and would fill shorter frames up with zeros at position 0,
+    which stay: the patches of every frame but the first then end up in wrong places. Raises
+    ValueError for frames of more patches.
+    """
+    import torch
+
+    missing = ITEM_SOFT_TOKENS - values.shape[1]
+    if missing < 0:
+        raise ValueError(f"frames of {values.shape[1]} patches, at most {ITEM_SOFT_TOKENS} allowed")
+    short = (0, 0, 0, missing)
+    return {
+        "pixel_values_videos": torch.nn.functional.pad(values, short),
+        "pixel_position_ids_videos": torch.nn.functional.pad(grids, short, value=-1),
+        "video_frame_counts": torch.tensor([len(values)]),
+    }
 
 
 def _frames(request: VideoRequest) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from deploy.nano import features, sequences
 from deploy.nano.generate_images import Pixels
 from deploy.nano.tokenizer import ID
 from operators.engine import media_input
-from operators.engine_media import EngineMedia
+from operators.engine_media import EngineMedia, video_tensors
 from operators.patchify import patchify, positions
 
 VIDEO_BUDGET: Final = 70
@@ -112,9 +112,8 @@ def for_engine(request: Prepared) -> Any:  # noqa: ANN401
         tensors |= {"input_features_mask": torch.ones(1, len(request.values), dtype=torch.bool)}
     else:
         frame_counts = "video_frame_counts"
-        tensors = {"pixel_values_videos": pixel_values(request.values)}
-        tensors |= {"pixel_position_ids_videos": xy[None].repeat(len(request.values), 1, 1)}
-        tensors |= {frame_counts: torch.tensor([len(request.values)])}
+        grids = xy[None].repeat(len(request.values), 1, 1)
+        tensors = video_tensors(pixel_values(request.values), grids)
         # Times and picture marks lie between the frames' tokens.
         is_embed = torch.from_numpy(ids[first : last + 1] == SOFT["video"])
     place = (first, last - first + 1, is_embed)

@@ -38,7 +38,7 @@ ANSWER_TOKENS = 24
 MODEL_TOKENS = 8192
 # A little under what the checkpoint reaches on these clips; with frames out of order, or a patch grid
 # turned, it does not reach half of it.
-FLOOR = 0.6
+FLOOR = 0.9
 
 
 def options(max_soft_tokens: int) -> EngineOptions:
@@ -165,12 +165,10 @@ def test_our_video_is_what_vllms_own_path_makes_of_the_frames(
     assert place.extract_embeds_range() == own_place.extract_embeds_range()
     assert place.get_num_embeds() == own_place.get_num_embeds() == request.patches[..., 0].size
     (item,), (own,) = theirs["mm_kwargs"]["video"], ours["mm_kwargs"]["video"]
-    size = request.patches.shape[1]
     values = item["pixel_values_videos"].data
-    assert torch.equal(values[:, :size].to(torch.bfloat16), own["pixel_values_videos"].data)
+    assert torch.equal(values.to(torch.bfloat16), own["pixel_values_videos"].data)
     grids = item["pixel_position_ids_videos"].data
-    assert torch.equal(grids[:, :size], own["pixel_position_ids_videos"].data)
-    assert (grids[:, size:] == -1).all()
+    assert torch.equal(grids, own["pixel_position_ids_videos"].data)
     assert int(own["video_frame_counts"].data) == int(item["video_frame_counts"].data)
 
 
@@ -217,6 +215,21 @@ def test_answers_are_those_of_transformers(
         assert answer.text.strip() == expected.strip()
         assert answer.media_tokens == request.patches[..., 0].size
         assert answer.prompt_tokens == len(request.token_ids)
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(
+    engine: Engine, prompts: dict[tuple[str, int], VideoPrompt], budget: int
+) -> None:
+    """Frames of several shapes, 63 to 70 or 130 to 140 patches, are encoded in one step of the engine."""
+    requests = [clip.request(prompts, budget) for clip in clips(16)]
+    assert len({request.patches.shape[1] for request in requests}) > 2
+    alone = [engine.submit(request).result(300).text for request in requests]
+    # vLLM keeps what it has encoded by its hash
+    fresh = [replace(each, media_hash=f"{each.media_hash}-again") for each in requests]
+    futures = [engine.submit(request) for request in fresh]
+    together = [future.result(300).text for future in futures]
+    # one more product in a batch may round another way
+    assert sum(a != b for a, b in zip(alone, together, strict=True)) <= 1, (alone, together)
 
 
 def test_an_answer_may_have_a_limit_of_its_own(
