@@ -169,6 +169,7 @@ def test_our_video_is_what_vllms_own_path_makes_of_the_frames(
     assert torch.equal(values.to(torch.bfloat16), own["pixel_values_videos"].data)
     grids = item["pixel_position_ids_videos"].data
     assert torch.equal(grids, own["pixel_position_ids_videos"].data)
+    assert (grids[:, request.patches.shape[1] :] == -1).all()
     assert int(own["video_frame_counts"].data) == int(item["video_frame_counts"].data)
 
 
