@@ -33,9 +33,9 @@ from operators.requests import (
     TextRequest,
     VideoRequest,
 )
-from operators.retry import halves, joined, went_wrong
+from operators.retry import asked_again, halves, joined
 from operators.schema import ANSWERS, PREPARED
-from operators.settings import ImageSettings
+from operators.settings import AudioSettings, ImageSettings
 from operators.tracks import Kind, kind
 
 MAX_STRIKES = 2
@@ -61,12 +61,14 @@ class Generate:
         prompts: Prompts,
         answer_tokens: Mapping[Kind, int],
         image: ImageSettings,
+        audio: AudioSettings,
         strikes: Callable[[], Strikes],
         report: Callable[[dict[str, float]], None] = lambda usage: None,
     ) -> None:
         self._prompts = prompts
         self._answer_tokens = answer_tokens
         self._image = image
+        self._translate_to = audio.translate_to
         self._report = report
         self._strikes = strikes()
         self._gate = Gate()
@@ -114,21 +116,31 @@ class Generate:
             index: [(request, self._submit(request)) for request in self._requests(row)]
             for index, row in rows.items()
         }
-        outcomes = {}
+        outcomes, again = {}, []
         for index, windows in waiting.items():
-            answers = [
-                self._again(request, _answer(future), rows[index]) for request, future in windows
-            ]
+            answers = [_answer(future) for _, future in windows]
             outcomes[index] = _Outcome(answers, seconds=time.monotonic() - started)
+            for place, (request, _) in enumerate(windows):
+                if parts := self._once_more(request, answers[place], rows[index]):
+                    again.append((outcomes[index], place, parts))
+        for outcome, place, parts in again:
+            answers = [_answer(part) for part in parts]
+            outcome.answers[place] = joined(outcome.answers[place], answers, self._translate_to)
+            outcome.seconds = time.monotonic() - started
         self._strikes.end(ids)
         return outcomes
 
-    def _again(self, request: Request | MediaError, answer: Answer, row: dict[str, Any]) -> Answer:
-        """One more try of speech that gave no transcript, in shorter pieces."""
-        if not isinstance(request, AudioRequest) or not went_wrong(answer):
-            return answer
-        parts = halves(request, self._prompts["audio"], json.loads(row["variables"] or "null"))
-        return joined(answer, [_answer(future) for future in map(self._engine.submit, parts)])
+    def _once_more(
+        self, request: Request | MediaError, answer: Answer, row: dict[str, Any]
+    ) -> list[Future[Answer]]:
+        """Speech that gave no transcript, asked again in shorter pieces."""
+        if not isinstance(request, AudioRequest):
+            return []
+        if not asked_again(request, answer, self._translate_to):
+            return []
+        variables = json.loads(row["variables"] or "null")
+        parts = halves(request, self._prompts["audio"], variables)
+        return [self._engine.submit(part) for part in parts]
 
     def _submit(self, request: Request | MediaError) -> Future[Answer]:
         if not isinstance(request, MediaError):
@@ -188,11 +200,11 @@ class Generate:
 class _Outcome:
     def __init__(
         self,
-        answers: list[Answer] | None = None,
+        answers: Sequence[Answer] = (),
         error: MediaError | None = None,
         seconds: float = 0.0,
     ) -> None:
-        self.answers = answers
+        self.answers = list(answers)
         self.error = error
         self.seconds = seconds
 
@@ -256,9 +268,9 @@ def _answered(table: pa.Table, outcomes: dict[int, _Outcome]) -> pa.Table:
     seconds: list[float | None] = [None] * table.num_rows
     for index, outcome in outcomes.items():
         seconds[index] = outcome.seconds
-        if outcome.answers is not None:
+        if outcome.error is None:
             answers[index] = [vars(answer) for answer in outcome.answers]
-        if outcome.error is not None:
+        else:
             errors["error_code"][index] = outcome.error.code
             errors["error_stage"][index] = outcome.error.stage
             errors["error_message"][index] = outcome.error.message

@@ -84,7 +84,7 @@ def transcript(
     own = channel(row["track"])
     place = {} if own is None else {"channel": own}
     for index, window in enumerate(windows):
-        if translate_to is None or window.text is None:
+        if window.text is None:
             continue
         text, translation = split_translation(window.text, translate_to)
         windows[index] = replace(window, text=text)

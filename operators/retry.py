@@ -1,7 +1,7 @@
-"""A second chance for a window of speech: shorter pieces, where the whole one looped or was refused.
+"""A second chance for a window of speech: shorter pieces, where the whole one gave no transcript.
 
 The model understands speech best early in its prompt, and a loop often hangs on one stretch of sound,
-so a window that went wrong is asked again as two halves.
+so a window that looped, was refused, or is said to hold no speech is asked again as two halves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from operators.prepare_image import media_hash
 from operators.prompt import Prompt
 from operators.requests import Answer, AudioRequest
-from operators.stitch import join, plain
+from operators.stitch import NOTHING, join, split_translation, with_translation
 
 # What an assistant says instead of a transcript. Nothing that people say to each other: "I'm sorry, I
 # can't hear you" is speech.
@@ -25,6 +25,9 @@ REFUSAL = re.compile(
 )
 # A refusal is short; in a long answer the same words are speech.
 REFUSAL_CHARS = 240
+# Voice detection heard somebody for so long: "no speech" is then an answer to doubt. 25 frames, one
+# second; two words with the margins that are kept around speech.
+DOUBTED_FRAMES = 25
 
 
 def is_refusal(text: str) -> bool:
@@ -34,6 +37,15 @@ def is_refusal(text: str) -> bool:
 def went_wrong(answer: Answer) -> bool:
     """Whether an answer is no transcript, for a reason that other settings may mend."""
     return answer.finish_reason in ("length", "repetition") or is_refusal(answer.text)
+
+
+def asked_again(request: AudioRequest, answer: Answer, translate_to: str | None) -> bool:
+    """Whether a window's answer went wrong, or leaves out what voice detection heard."""
+    if went_wrong(answer):
+        return True
+    said, _ = split_translation(answer.text, translate_to)
+    heard = int(np.count_nonzero(request.frames.any(axis=1)))
+    return answer.error_code is None and said in NOTHING and heard >= DOUBTED_FRAMES
 
 
 def halves(
@@ -55,14 +67,27 @@ def halves(
     return made
 
 
-def joined(whole: Answer, parts: Sequence[Answer]) -> Answer:
-    """The parts' answers as one, or `whole` where a part went wrong as well. Tokens are all counted."""
+def joined(whole: Answer, parts: Sequence[Answer], translate_to: str | None) -> Answer:
+    """The parts' answers as one, or `whole` where there are none, or one of them went wrong as well.
+
+    Tokens are all counted.
+    """
+    if not parts:
+        return whole
     answers = [whole, *parts]
-    good = parts and not any(went_wrong(part) or part.error_code for part in parts)
+    good = not any(went_wrong(part) or part.error_code for part in parts)
     return Answer(
-        text=join([plain(part.text) for part in parts if part.text]) if good else whole.text,
+        text=_joined_text(parts, translate_to) if good else whole.text,
         finish_reason="stop" if good else whole.finish_reason,
         prompt_tokens=sum(answer.prompt_tokens for answer in answers),
         media_tokens=sum(answer.media_tokens or 0 for answer in answers),
         output_tokens=sum(answer.output_tokens for answer in answers),
     )
+
+
+def _joined_text(parts: Sequence[Answer], translate_to: str | None) -> str:
+    pairs = [split_translation(part.text, translate_to) for part in parts]
+    pairs = [(said, translated) for said, translated in pairs if said not in NOTHING]
+    translations = [translated for _, translated in pairs if translated]
+    said = join([said for said, _ in pairs])
+    return with_translation(said, join(translations) if translations else None, translate_to)

@@ -96,10 +96,17 @@ def join(texts: Sequence[str]) -> str:
     return joined
 
 
-def split_translation(text: str, target: str) -> tuple[str, str | None]:
-    """An answer to the translation instruction -> what was said, and its translation, if any."""
+def split_translation(text: str, target: str | None) -> tuple[str, str | None]:
+    """An answer -> what was said, and its translation, if there is one and `target` was asked for."""
+    if target is None:
+        return plain(text), None
     said, mark, translated = text.partition(f"\n{target}:")
     return plain(said), plain(translated) if mark else None
+
+
+def with_translation(said: str, translated: str | None, target: str | None) -> str:
+    """What `split_translation` takes apart."""
+    return said if translated is None else f"{said}\n{target}: {translated}"
 
 
 def clock(seconds: float) -> str:

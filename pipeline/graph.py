@@ -88,6 +88,7 @@ def way(
                     kind: asked.max_tokens for kind, asked in job.instructions.items()
                 },
                 "image": job.image,
+                "audio": job.audio,
                 "strikes": partial(ActorStrikes, book),
                 "report": reporter.usage,
             },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import media
 import numpy as np
@@ -14,9 +14,9 @@ from fakes import PROMPT, EchoEngine, MemoryStrikes, done
 
 from operators.errors import MediaError
 from operators.generate import Gate, Generate
-from operators.requests import Answer
+from operators.requests import Answer, AudioRequest, Request
 from operators.schema import ANSWERS, PREPARED
-from operators.settings import ImageSettings
+from operators.settings import AudioSettings, ImageSettings
 
 
 def row(name: str, columns: int = 2, rows: int = 1, **fields: object) -> dict[str, object]:
@@ -40,7 +40,12 @@ def table(*rows: dict[str, object]) -> pa.Table:
 
 def generate(engine: EchoEngine, strikes: MemoryStrikes) -> Generate:
     return Generate(
-        lambda: engine, {"image": PROMPT}, {"image": 9}, ImageSettings(), lambda: strikes
+        lambda: engine,
+        {"image": PROMPT, "audio": PROMPT},
+        {"image": 9, "audio": 9},
+        ImageSettings(),
+        AudioSettings(),
+        lambda: strikes,
     )
 
 
@@ -65,6 +70,43 @@ def test_a_row_that_failed_before_passes_by_and_one_that_is_refused_costs_only_i
     assert out[0]["window_answers"] is None
     assert out[1]["window_answers"][0]["error_code"] == "generate.rejected"
     assert out[2]["window_answers"][0]["error_code"] is None
+
+
+class DeafEngine(EchoEngine):
+    """Hears nothing in a window of more than 40 frames, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def submit(self, request: Request) -> Future[Answer]:
+        assert isinstance(request, AudioRequest)
+        self.asked.append(len(request.frames))
+        if len(request.frames) > 40:
+            return done(Answer("[no speech]", "stop", 0, len(request.frames), 3))
+        return super().submit(request)
+
+
+def test_speech_that_gave_no_words_is_asked_again_in_halves() -> None:
+    frames = np.ones((200, 640), np.float32)
+    frames[100:150] = 0  # the middle pause, nearest the middle: at 100
+    windows = [frames[25:75], frames[50:126], frames[:25]]
+    engine = DeafEngine()
+    asked = row(
+        "a",
+        track="mix",
+        window_tokens=[PROMPT.window(len(window)) for window in windows],
+        window_media=[window.tobytes() for window in windows],
+        window_columns=[len(window) for window in windows],
+        window_rows=[1] * len(windows),
+        window_media_hash=["x", "y", "z"],
+    )
+    (out,) = generate(engine, MemoryStrikes())(table(asked)).to_pylist()
+    said = [answer["text"] for answer in out["window_answers"]]
+    # the second window's first half is still too long: nothing of it is lost, and nothing made up
+    assert said == ["1 seconds 1 seconds", "1 seconds", "1 seconds"]
+    assert engine.asked == [50, 76, 25, 25, 25, 50, 26]
+    assert [answer["media_tokens"] for answer in out["window_answers"]] == [100, 152, 25]
 
 
 def test_a_suspect_runs_alone_and_two_strikes_end_a_row() -> None:

@@ -1,4 +1,4 @@
-"""A window of speech that went wrong gets one more try, in halves."""
+"""A window of speech that gave no transcript gets one more try, in halves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from fakes import PROMPT
 
 from operators.requests import Answer, AudioRequest
-from operators.retry import halves, is_refusal, joined, went_wrong
+from operators.retry import DOUBTED_FRAMES, asked_again, halves, is_refusal, joined, went_wrong
 
 
 def request(frames: np.ndarray) -> AudioRequest:
@@ -37,11 +37,38 @@ def answer(text: str, reason: str = "stop") -> Answer:
 
 def test_two_good_halves_replace_the_whole_and_all_tokens_count() -> None:
     whole = answer("la la la", "repetition")
-    mended = joined(whole, [answer("one"), answer(" two ")])
+    mended = joined(whole, [answer("one"), answer(" two ")], None)
     assert (mended.text, mended.finish_reason, mended.output_tokens) == ("one two", "stop", 9)
-    still = joined(whole, [answer("one"), answer("x", "length")])
+    still = joined(whole, [answer("one"), answer("x", "length")], None)
     assert (still.text, still.finish_reason) == ("la la la", "repetition")
-    assert joined(whole, []).finish_reason == "repetition"
+    assert joined(whole, [], None) is whole
+
+
+def test_a_half_in_which_nobody_speaks_adds_no_words() -> None:
+    whole = answer("[no speech]")
+    assert joined(whole, [answer("[no speech]"), answer("two")], None).text == "two"
+    assert joined(whole, [answer("[no speech]"), answer("")], None).text == ""
+
+
+def test_halves_of_a_translation_are_joined_language_by_language() -> None:
+    parts = [answer("eins zwei\nEnglish: one two"), answer("drei\nEnglish: three")]
+    mended = joined(answer("", "length"), parts, "English")
+    assert mended.text == "eins zwei drei\nEnglish: one two three"
+    assert joined(answer("", "length"), [answer("eins"), answer("")], "English").text == "eins"
+
+
+def test_no_speech_is_doubted_where_somebody_was_heard_for_a_second() -> None:
+    frames = np.zeros((60, 640), np.float32)
+    frames[10 : 10 + DOUBTED_FRAMES] = 0.1
+    for said in ("", "[no speech]", " [no speech]\n"):
+        assert asked_again(request(frames), answer(said), None)
+    assert asked_again(request(frames), answer("\nEnglish: "), "English")
+    assert not asked_again(request(frames), answer("one"), None)
+    refused = Answer("", None, 0, None, 0, "generate.rejected", "too long")
+    assert not asked_again(request(frames), refused, None)
+    frames[10] = 0
+    assert not asked_again(request(frames), answer("[no speech]"), None)
+    assert asked_again(request(frames), answer("la la", "repetition"), None)
 
 
 @pytest.mark.parametrize(

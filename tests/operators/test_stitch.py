@@ -79,6 +79,7 @@ def test_scripts_without_spaces_are_joined_without() -> None:
 def test_translations_are_taken_apart() -> None:
     assert split_translation("Guten  Tag\nFrench: Bon jour ", "French") == ("Guten Tag", "Bon jour")
     assert split_translation("Guten Tag", "French") == ("Guten Tag", None)
+    assert split_translation("Guten  Tag\nFrench: Bon jour", None)[1] is None
 
 
 def test_clock() -> None:
