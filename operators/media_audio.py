@@ -29,7 +29,7 @@ from operators.voice import (
     speech_probabilities,
     speech_regions,
 )
-from operators.windows import LEAD_CHUNKS, Grid, cut, grid
+from operators.windows import LEADS, Grid, cut, grid
 
 # Headers are this far from the truth without anything being wrong.
 LEAST_MISSING_S = 1.0
@@ -110,14 +110,17 @@ def read_tiles(
     for (_, wanted), (start, samples) in zip(grid.blocks(tiles), pieces, strict=True):
         for boundary in wanted:
             begin, end = grid.tile(boundary)
-            lead = max(0, begin - LEAD_CHUNKS * CHUNK_SAMPLES)
-            voiced = speech_probabilities(samples[lead - start : end - start])
+            voiced = [listen(samples[: end - start], begin - start, lead) for lead in LEADS]
             found[boundary] = Tile(
-                begin,
-                samples[begin - start : end - start],
-                voiced[(begin - lead) // CHUNK_SAMPLES :],
+                begin, samples[begin - start : end - start], np.maximum.reduce(voiced)
             )
     return found
+
+
+def listen(samples: Waveform, begin: int, lead_chunks: int) -> Probabilities:
+    """Voice activity from a sample on, heard from so many chunks ahead of it."""
+    lead = max(0, begin - lead_chunks * CHUNK_SAMPLES)
+    return speech_probabilities(samples[lead:])[(begin - lead) // CHUNK_SAMPLES :]
 
 
 def hear(tiles: dict[int, Tile], grid: Grid, windows: range, settings: AudioSettings) -> Heard:
