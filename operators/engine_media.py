@@ -15,6 +15,9 @@ from operators.patchify import positions
 from operators.prepare_video import ITEM_SOFT_TOKENS
 from operators.requests import AudioRequest, ImageRequest, VideoRequest
 
+# The field of a video item that says how many frames it has.
+VIDEO_FRAME_COUNTS = "video_frame_counts"
+
 
 class EngineMedia(NamedTuple):
     """One or more items of a modality.
@@ -105,7 +108,7 @@ def _video(request: VideoRequest) -> EngineMedia:
         video_tensors(*_frames(request)),
         [request.media_hash],
         [(first, length, holds)],
-        frame_counts="video_frame_counts",
+        frame_counts=VIDEO_FRAME_COUNTS,
     )
 
 
@@ -126,7 +129,7 @@ def video_tensors(values: Any, grids: Any) -> dict[str, Any]:  # noqa: ANN401
     return {
         "pixel_values_videos": torch.nn.functional.pad(values, short),
         "pixel_position_ids_videos": torch.nn.functional.pad(grids, short, value=-1),
-        "video_frame_counts": torch.tensor([len(values)]),
+        VIDEO_FRAME_COUNTS: torch.tensor([len(values)]),
     }
 
 

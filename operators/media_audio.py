@@ -110,17 +110,18 @@ def read_tiles(
     for (_, wanted), (start, samples) in zip(grid.blocks(tiles), pieces, strict=True):
         for boundary in wanted:
             begin, end = grid.tile(boundary)
-            voiced = [listen(samples[: end - start], begin - start, lead) for lead in LEADS]
+            # one and the same at the start of the stream
+            leads = {max(0, begin - chunks * CHUNK_SAMPLES) for chunks in LEADS}
+            voiced = [
+                speech_probabilities(samples[lead - start : end - start])[
+                    (begin - lead) // CHUNK_SAMPLES :
+                ]
+                for lead in leads
+            ]
             found[boundary] = Tile(
                 begin, samples[begin - start : end - start], np.maximum.reduce(voiced)
             )
     return found
-
-
-def listen(samples: Waveform, begin: int, lead_chunks: int) -> Probabilities:
-    """Voice activity from a sample on, heard from so many chunks ahead of it."""
-    lead = max(0, begin - lead_chunks * CHUNK_SAMPLES)
-    return speech_probabilities(samples[lead:])[(begin - lead) // CHUNK_SAMPLES :]
 
 
 def hear(tiles: dict[int, Tile], grid: Grid, windows: range, settings: AudioSettings) -> Heard:

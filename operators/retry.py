@@ -44,8 +44,9 @@ def asked_again(request: AudioRequest, answer: Answer, translate_to: str | None)
     if went_wrong(answer):
         return True
     said, _ = split_translation(answer.text, translate_to)
-    heard = int(np.count_nonzero(request.frames.any(axis=1)))
-    return answer.error_code is None and said in NOTHING and heard >= DOUBTED_FRAMES
+    if answer.error_code is not None or said not in NOTHING:
+        return False
+    return int(np.count_nonzero(request.frames.any(axis=1))) >= DOUBTED_FRAMES
 
 
 def halves(

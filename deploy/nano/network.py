@@ -77,7 +77,8 @@ def masks(batch: Tensors, bidirectional: bool, window: int) -> tuple[Seen, Seen]
         sliding = full | ((block[:, None, :] == block[:, :, None]) & (block[:, :, None] >= 0))
     if length > window:
         sliding = sliding & ((position[:, :, None] - position[:, None, :]).abs() < window)
-    return cut(full), cut(sliding)
+    seen = cut(full)
+    return seen, seen if sliding is full else cut(sliding)
 
 
 class Blocks(torch.autograd.Function):
@@ -146,16 +147,15 @@ def packed_attention(
     seen, places = attention_mask
     rows, length, _ = seen.mask.shape
     heads, size = query.shape[1], query.shape[3]
-    kind = torch.get_autocast_dtype(query.device.type)
-    if not torch.is_autocast_enabled(query.device.type):
-        kind = query.dtype
+    on = query.device.type
+    kind = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else query.dtype
 
     def spread(packed: Tensor) -> Tensor:
         tokens = packed[0].transpose(0, 1).flatten(1).to(kind)
         padded = tokens.new_zeros(rows * length, tokens.shape[1])
         return padded.index_copy(0, places, tokens).view(rows, -1, size)
 
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(on, enabled=False):
         out = Blocks.apply(spread(query * scaling), spread(key), spread(value), seen)
     return out.view(rows * length, heads, size)[places][None], None
 

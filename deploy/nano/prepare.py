@@ -17,7 +17,7 @@ from deploy.nano import features, sequences
 from deploy.nano.generate_images import Pixels
 from deploy.nano.tokenizer import ID
 from operators.engine import media_input
-from operators.engine_media import EngineMedia, video_tensors
+from operators.engine_media import VIDEO_FRAME_COUNTS, EngineMedia, video_tensors
 from operators.patchify import patchify, positions
 
 VIDEO_BUDGET: Final = 70
@@ -111,7 +111,7 @@ def for_engine(request: Prepared) -> Any:  # noqa: ANN401
         tensors = {"input_features_padded": torch.from_numpy(request.values)[None]}
         tensors |= {"input_features_mask": torch.ones(1, len(request.values), dtype=torch.bool)}
     else:
-        frame_counts = "video_frame_counts"
+        frame_counts = VIDEO_FRAME_COUNTS
         grids = xy[None].repeat(len(request.values), 1, 1)
         tensors = video_tensors(pixel_values(request.values), grids)
         # Times and picture marks lie between the frames' tokens.

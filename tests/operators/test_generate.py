@@ -89,7 +89,7 @@ class DeafEngine(EchoEngine):
 
 def test_speech_that_gave_no_words_is_asked_again_in_halves() -> None:
     frames = np.ones((200, 640), np.float32)
-    frames[100:150] = 0  # the middle pause, nearest the middle: at 100
+    frames[100:150] = 0
     windows = [frames[25:75], frames[50:126], frames[:25]]
     engine = DeafEngine()
     asked = row(
@@ -103,7 +103,7 @@ def test_speech_that_gave_no_words_is_asked_again_in_halves() -> None:
     )
     (out,) = generate(engine, MemoryStrikes())(table(asked)).to_pylist()
     said = [answer["text"] for answer in out["window_answers"]]
-    # the second window's first half is still too long: nothing of it is lost, and nothing made up
+    # the second window is parted in its pause; its first half is still too long, and adds no words
     assert said == ["1 seconds 1 seconds", "1 seconds", "1 seconds"]
     assert engine.asked == [50, 76, 25, 25, 25, 50, 26]
     assert [answer["media_tokens"] for answer in out["window_answers"]] == [100, 152, 25]
