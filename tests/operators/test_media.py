@@ -160,9 +160,7 @@ def test_order_holds_and_the_next_files_are_fetched_meanwhile() -> None:
     sizes = {f"{index}.png": (50 + index, 40) for index in range(24)}
     store = Store({uri: encode(photo(*size), "PNG") for uri, size in sizes.items()}, 0.05)
     media = Media(store, IMAGE, PROMPT, concurrency=4)
-    started = time.monotonic()
     table = media(plan(list(sizes)))
-    assert time.monotonic() - started < 24 * 0.05
     assert store.most_busy == 4
     assert table["uri"].to_pylist() == list(sizes)
     assert table["width_px"].to_pylist() == [width for width, _ in sizes.values()]
