@@ -182,22 +182,29 @@ def paint_background(name: str, width: int, height: int, seed: int) -> Floats:
             canvas *= slope[None, :, None]
         return canvas
     level = rng.uniform(90, 190)
-    canvas = np.full((height, width, 3), level, dtype=np.float32)
+    grey = np.full((height, width), level, dtype=np.float32)
+    tints: list[Floats] = []
     if name == "noisy":
         grain = rng.standard_normal((height, width)).astype(np.float32)
-        canvas += grain[:, :, None] * np.float32(rng.uniform(18, 35))
+        grey += grain * np.float32(rng.uniform(18, 35))
     elif name == "mixed":
         for cells, weight in ((2, 26), (5, 16), (11, 11), (24, 7)):
-            canvas += weight * _smooth_field(rng, width, height, cells)[:, :, None]
-        for channel in range(3):
-            canvas[:, :, channel] += 9 * _smooth_field(rng, width, height, 3)
-        canvas += rng.standard_normal((height, width, 1)).astype(np.float32) * 2
+            grey += weight * _smooth_field(rng, width, height, cells)
+        tints = [9 * _smooth_field(rng, width, height, 3) for _ in range(3)]
+        grey += rng.standard_normal((height, width)).astype(np.float32) * 2
+    canvas = np.empty((height, width, 3), dtype=np.float32)
+    for channel in range(3):
+        canvas[:, :, channel] = grey + tints[channel] if tints else grey
     return canvas
 
 
-def stamp(canvas: Floats, thing: Thing, x: float, y: float) -> None:
-    """Paint the thing onto the canvas [height, width, 3] at fractions (x, y), in place."""
-    height, width = canvas.shape[:2]
+def place(
+    thing: Thing, x: float, y: float, width: int, height: int
+) -> tuple[tuple[slice, slice], Floats] | None:
+    """Return the part of a canvas that the thing at fractions (x, y) covers, and how much of it.
+
+    The part is (rows, columns), its coverage is [rows, columns, 1]; None where it is outside.
+    """
     radius_px = thing.radius * min(width, height)
     cx, cy = x * width, y * height
     left, top = math.floor(cx), math.floor(cy)
@@ -208,22 +215,29 @@ def stamp(canvas: Floats, thing: Thing, x: float, y: float) -> None:
     ax1 = min(alpha.shape[1], width - x0)
     ay1 = min(alpha.shape[0], height - y0)
     if ax1 <= ax0 or ay1 <= ay0:
-        return
-    part = alpha[ay0:ay1, ax0:ax1, None]
-    region = canvas[y0 + ay0 : y0 + ay1, x0 + ax0 : x0 + ax1]
-    region += part * (np.array(thing.paint, dtype=np.float32) - region)
+        return None
+    part = slice(y0 + ay0, y0 + ay1), slice(x0 + ax0, x0 + ax1)
+    return part, alpha[ay0:ay1, ax0:ax1, None]
+
+
+def painted(behind: Floats, thing: Thing, covered: Floats) -> Floats:
+    """Return a part of a canvas with the thing over it."""
+    return behind + covered * (np.array(thing.paint, dtype=np.float32) - behind)
 
 
 def to_pixels(canvas: Floats) -> Pixels:
     """Round and clip to uint8."""
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    rounded = canvas + np.float32(0.5)
+    return np.clip(rounded, 0, 255, out=rounded).astype(np.uint8)
 
 
 def render(scene: Scene, width: int, height: int) -> Pixels:
     """Paint the scene: uint8 RGB [height, width, 3]."""
     canvas = paint_background(scene.background, width, height, scene.seed)
     for thing in scene.things:
-        stamp(canvas, thing, thing.x, thing.y)
+        if (placed := place(thing, thing.x, thing.y, width, height)) is not None:
+            part, covered = placed
+            canvas[part] = painted(canvas[part], thing, covered)
     return to_pixels(canvas)
 
 

@@ -18,7 +18,8 @@ from deploy.nano.generate_images import (
     draw_scene,
     paint_background,
     paint_of,
-    stamp,
+    painted,
+    place,
     to_pixels,
 )
 from deploy.nano.words import COLOURS, article
@@ -112,19 +113,35 @@ def answer(clip: Clip, instruction: str, stamps_s: list[float], start_s: float =
     return f"{name} changes to {colour} at {clock(seen)}"
 
 
-def render_frame(clip: Clip, background: Floats, time_s: float) -> Pixels:
-    """Paint one frame, uint8 RGB [height, width, 3], over a background painted once."""
-    canvas = background.copy()
-    thing, x, y = clip.state(time_s)
-    if thing is not None:
-        stamp(canvas, thing, x, y)
-    return to_pixels(canvas)
+@dataclass(frozen=True)
+class Painter:
+    """Paints frames of a clip over a background painted once: only what the thing covers is new."""
+
+    clip: Clip
+    canvas: Floats
+    pixels: Pixels
+
+    @classmethod
+    def of(cls, clip: Clip, width: int, height: int) -> "Painter":
+        """Paint the background."""
+        canvas = paint_background(clip.background, width, height, clip.seed)
+        return cls(clip, canvas, to_pixels(canvas))
+
+    def frame(self, time_s: float) -> Pixels:
+        """Paint one frame, uint8 RGB [height, width, 3]."""
+        frame = self.pixels.copy()
+        thing, x, y = self.clip.state(time_s)
+        height, width = frame.shape[:2]
+        if thing is not None and (placed := place(thing, x, y, width, height)) is not None:
+            part, covered = placed
+            frame[part] = to_pixels(painted(self.canvas[part], thing, covered))
+        return frame
 
 
 def render(clip: Clip, width: int, height: int, times_s: list[float]) -> list[Pixels]:
     """Paint the clip at the given times."""
-    background = paint_background(clip.background, width, height, clip.seed)
-    return [render_frame(clip, background, time_s) for time_s in times_s]
+    painter = Painter.of(clip, width, height)
+    return [painter.frame(time_s) for time_s in times_s]
 
 
 def draw_stamps(
@@ -187,7 +204,7 @@ def frames(shots: list[Shot], width: int, height: int, fps: float) -> Iterator[P
     """Paint every frame of the shots in order, uint8 RGB [height, width, 3]."""
     index = 0
     for shot in shots:
-        background = paint_background(shot.clip.background, width, height, shot.clip.seed)
+        painter = Painter.of(shot.clip, width, height)
         while index / fps < shot.end_s:
-            yield render_frame(shot.clip, background, index / fps - shot.start_s)
+            yield painter.frame(index / fps - shot.start_s)
             index += 1

@@ -30,17 +30,12 @@ from deploy.nano.batches import Batch, Steps
 from deploy.nano.generate_speech import Recording
 from deploy.nano.network import Tensors, Trainee
 from deploy.nano.optimiser import ADAMW_RATE, MUON_RATE, SCHEDULE, Muon, rate, split
-from deploy.nano.parallel import (
-    KEEP_EVERY,
-    Metrics,
-    Side,
-    keep_freed_memory,
-    return_freed_memory,
-    run,
-)
+from deploy.nano.parallel import Metrics, Side, allocate_with_tcmalloc, run
 from deploy.nano.speech_bank import Bank, load_or_record
 
 STEPS: Final = SCHEDULE[-1][0]
+# Steps from one saved state to the next.
+KEEP_EVERY: Final = 50
 SEED: Final = 20
 BANK_SEED: Final = 3
 # 24000 takes, of which few are met twice: 4000 were learnt by heart, and held-out ones fell behind.
@@ -99,7 +94,6 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory()
     trainee = build(SEED).to(device)
     if arguments.compile:
         # A side process may not have children of its own.
@@ -180,7 +174,6 @@ def train(arguments: argparse.Namespace) -> None:
             }
             torch.save(state, state_path.with_suffix(".partial"))
             os.replace(state_path.with_suffix(".partial"), state_path)
-            return_freed_memory()
     if side is not None:
         side.close()
     model.save(trainee.model.cpu(), arguments.output)
@@ -201,6 +194,8 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if not torch.cuda.is_available():
+        allocate_with_tcmalloc()
     train(arguments)
 
 
