@@ -23,9 +23,10 @@ from deploy.nano import (
     instructions,
     sequences,
 )
+from deploy.nano.espeak import SAMPLE_RATE_HZ
 from deploy.nano.generate_images import Pixels, Thing
 from deploy.nano.generate_speech import MAX_WORDS, Recording
-from deploy.nano.speech_bank import SAMPLE_RATE_HZ, Bank
+from deploy.nano.speech_bank import Bank
 from deploy.nano.start import FRAME_SAMPLES
 from deploy.nano.words import COLOURS, SHAPES, SPOKEN
 from operators.patchify import patchify, positions

@@ -16,9 +16,9 @@ from PIL import Image
 
 from deploy.nano import prepare
 from deploy.nano.answers import Transformers
+from deploy.nano.espeak import SAMPLE_RATE_HZ
 from deploy.nano.generate_speech import Waveform
 from deploy.nano.prepare import Prepared
-from deploy.nano.speech_bank import SAMPLE_RATE_HZ
 from operators.sample_frames import sample_times
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"

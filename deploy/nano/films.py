@@ -15,9 +15,10 @@ from typing import Final
 import numpy as np
 
 from deploy.nano import generate_speech, generate_videos, instructions
+from deploy.nano.espeak import SAMPLE_RATE_HZ
 from deploy.nano.generate_speech import Recording, Waveform
 from deploy.nano.generate_videos import EVENTFUL, Shot
-from deploy.nano.speech_bank import SAMPLE_RATE_HZ, Bank
+from deploy.nano.speech_bank import Bank
 from operators.sample_frames import sample_times
 
 # A cut must change the picture's hue: from grain to a photographed look one shot might go on.

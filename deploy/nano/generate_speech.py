@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.nano import instructions
-from deploy.nano.speech_bank import SAMPLE_RATE_HZ, Bank
+from deploy.nano.espeak import SAMPLE_RATE_HZ
+from deploy.nano.speech_bank import Bank
 from deploy.nano.words import DIGITS, SPOKEN
 
 Waveform = NDArray[np.float32]

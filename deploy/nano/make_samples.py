@@ -27,11 +27,12 @@ from deploy.nano import (
     heldout,
     instructions,
 )
+from deploy.nano.espeak import SAMPLE_RATE_HZ
 from deploy.nano.films import Film, write_wav
 from deploy.nano.generate_images import Scene
 from deploy.nano.generate_speech import Recording, Waveform
 from deploy.nano.generate_videos import Shot
-from deploy.nano.speech_bank import SAMPLE_RATE_HZ, Bank, load_or_record
+from deploy.nano.speech_bank import Bank, load_or_record
 
 SAMPLES: Final = Path(__file__).resolve().parents[1] / "samples"
 SEED: Final = 77

@@ -1,25 +1,22 @@
 """A bank of spoken words: each word by several espeak-ng voices at several speeds and pitches.
 
-Recording is the slow part (about 10 ms a word), so a bank is kept in one .npz file and the
-generators only put recordings together.
+A bank is kept in one .npz file; the generators only put recordings together.
 """
 
 import io
+import json
 import subprocess
-import wave
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from deploy.nano.espeak import Samples
 from deploy.nano.words import SPOKEN
 
-Samples = NDArray[np.int16]
-
-SAMPLE_RATE_HZ: Final = 16_000
 VOICES: Final = (
     "en-us",
     "en-gb",
@@ -32,7 +29,7 @@ VOICES: Final = (
     "en-us+m7",
     "en-gb+m1",
 )
-_QUIET: Final = 0.01
+_ESPEAK: Final = Path(__file__).with_name("espeak.py")
 
 
 @dataclass(frozen=True)
@@ -45,29 +42,16 @@ class Take:
     pitch: int
 
 
-def speak(take: Take) -> Samples:
-    """Return the word as int16 at 16 kHz, its silent ends cut off, peak at half of full scale."""
-    command = ["espeak-ng", "-v", take.voice, "-s", str(take.speed_wpm), "-p", str(take.pitch)]
+def speak(voice: str, wanted: list[Take]) -> list[Samples]:
+    """Return recordings in one voice, each int16 at 16 kHz (espeak.py, in a process of its own)."""
+    asked = json.dumps([(take.word, take.speed_wpm, take.pitch) for take in wanted])
     done = subprocess.run(  # noqa: S603
-        [*command, "--stdout", take.word], capture_output=True, check=True
+        [sys.executable, str(_ESPEAK), voice],
+        input=asked.encode(),
+        stdout=subprocess.PIPE,
+        check=True,
     )
-    with wave.open(io.BytesIO(done.stdout)) as recording:
-        rate = recording.getframerate()
-        raw = np.frombuffer(recording.readframes(2**24), dtype=np.int16).astype(np.float32)
-    sound = resample(raw, rate, SAMPLE_RATE_HZ)
-    loud = np.flatnonzero(np.abs(sound) > _QUIET * np.abs(sound).max())
-    sound = sound[loud[0] : loud[-1] + 1]
-    loudest: Samples = (sound * (16384.0 / np.abs(sound).max())).astype(np.int16)
-    return loudest
-
-
-def resample(sound: NDArray[np.float32], rate_hz: int, wanted_hz: int) -> NDArray[np.float32]:
-    """Resample by cutting or padding the spectrum; meant for recordings of seconds."""
-    if rate_hz == wanted_hz:
-        return sound
-    count = round(len(sound) * wanted_hz / rate_hz)
-    spectrum = np.fft.rfft(sound)[: count // 2 + 1]
-    return (np.fft.irfft(spectrum, count) * (count / len(sound))).astype(np.float32)
+    return _split(io.BytesIO(done.stdout))
 
 
 def takes(seed: int, per_voice: int) -> list[Take]:
@@ -94,14 +78,22 @@ class Bank:
 
 
 def record(seed: int, per_voice: int) -> Bank:
-    """Speak every take, two at a time."""
-    wanted = takes(seed, per_voice)
+    """Speak every take, two voices at a time."""
+    wanted: dict[str, list[Take]] = {voice: [] for voice in VOICES}
+    for take in takes(seed, per_voice):
+        wanted[take.voice].append(take)
     with ThreadPoolExecutor(2) as pool:
-        sounds = list(pool.map(speak, wanted))
+        spoken = list(pool.map(speak, wanted, wanted.values()))
     recordings: dict[str, list[Samples]] = {word: [] for word in SPOKEN}
-    for take, sound in zip(wanted, sounds, strict=True):
-        recordings[take.word].append(sound)
+    for asked, sounds in zip(wanted.values(), spoken, strict=True):
+        for take, sound in zip(asked, sounds, strict=True):
+            recordings[take.word].append(sound)
     return Bank(recordings)
+
+
+def _split(stored: Path | io.BytesIO) -> list[Samples]:
+    with np.load(stored) as arrays:
+        return np.split(arrays["samples"], np.cumsum(arrays["lengths"])[:-1])
 
 
 def load_or_record(path: Path, seed: int, per_voice: int) -> Bank:
@@ -119,9 +111,8 @@ def load_or_record(path: Path, seed: int, per_voice: int) -> Bank:
         )
         partial.replace(path)
     with np.load(path) as stored:
-        ends = np.cumsum(stored["lengths"])
-        sounds = np.split(stored["samples"], ends[:-1])
-        recordings: dict[str, list[Samples]] = {word: [] for word in SPOKEN}
-        for word, sound in zip(stored["words"], sounds, strict=True):
-            recordings[str(word)].append(sound)
+        words = stored["words"]
+    recordings: dict[str, list[Samples]] = {word: [] for word in SPOKEN}
+    for word, sound in zip(words, _split(path), strict=True):
+        recordings[str(word)].append(sound)
     return Bank(recordings)

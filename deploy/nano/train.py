@@ -52,9 +52,9 @@ def coded_windows(path: Path, bank: Bank) -> list[Recording]:
     if not path.exists():
         rng = np.random.default_rng(BANK_SEED)
         kinds = list(product(generate_speech.CODECS, generate_speech.BITRATES_KBIT_S))
-        drawn = [
+        drawn = (
             [generate_speech.draw_window(bank, rng) for _ in range(CODED_WINDOWS)] for _ in kinds
-        ]
+        )
         with ThreadPoolExecutor(2) as pool:
             coded = pool.map(generate_speech.code_together, drawn, *zip(*kinds, strict=True))
             made = [recording for together in coded for recording in together]

@@ -25,10 +25,10 @@ SAME = {"causal": 10, "own": 7}
 
 @pytest.fixture(scope="module")
 def examples() -> dict[str, list[Example]]:
-    bank = record(heldout.BANK_SEED, per_voice=1)
+    bank = record(heldout.BANK_SEED, heldout.TAKES_PER_VOICE)
     return {
         "image": heldout.pictures(SEED, 72),
-        "speech": heldout.windows(SEED, 60, bank),
+        "speech": heldout.windows(SEED, 120, bank),
         "video": heldout.clips(SEED, 60),
     }
 

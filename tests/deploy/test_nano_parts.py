@@ -1,5 +1,8 @@
 """Generators, tokenizer, training sequences and the start: everything that needs no checkpoint."""
 
+import io
+import subprocess
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from deploy.nano import (
+    espeak,
     films,
     generate_images,
     generate_speech,
@@ -20,7 +24,7 @@ from deploy.nano import (
 )
 from deploy.nano import tokenizer as nano_tokenizer
 from deploy.nano.check_samples import decode_frames
-from deploy.nano.speech_bank import Bank
+from deploy.nano.speech_bank import Bank, Take, speak
 from deploy.nano.tokenizer import ID
 from deploy.nano.words import SPOKEN
 
@@ -202,3 +206,22 @@ def test_the_first_mlp_starts_as_band_energies() -> None:
     others = torch.cat([squares[:2], squares[3:]])
     assert squares[2] == pytest.approx(1.0, abs=0.25)
     assert others.abs().max() < 0.35
+
+
+# Found by its name, by its language, and with a variant.
+@pytest.mark.parametrize("voice", ["en-gb-scotland", "en-gb", "en-us+f2"])
+def test_words_are_spoken_as_espeak_speaks_them(voice: str) -> None:
+    command = ["espeak-ng", "-v", voice, "-s", "150", "-p", "60", "--stdout", "banana"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    with wave.open(io.BytesIO(done.stdout)) as recording:
+        raw = np.frombuffer(recording.readframes(2**24), np.int16).astype(np.float32)
+        wanted = espeak.trimmed(espeak.resample(raw, recording.getframerate(), 16_000))
+    spoken = speak(voice, [Take("banana", voice, 150, 60), Take("banana", voice, 200, 60)])
+    assert np.array_equal(spoken[0], wanted)
+    assert len(spoken[1]) < 0.85 * len(spoken[0])
+
+
+def test_an_unknown_voice_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        speak("zz-nowhere", [Take("one", "zz-nowhere", 150, 50)])
+    assert "espeak-ng has no voice zz-nowhere" in capfd.readouterr().err
