@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Gemma4UnifiedForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma4_unified.modeling_gemma4_unified import apply_rotary_pos_emb
 
 from deploy.nano.batches import EVENT_CLASSES, FRAME_CLASSES, PATCH_CLASSES, SECOND_CLASSES
 from deploy.nano.model import HIDDEN
@@ -38,7 +39,7 @@ _QUERIES: Final = 256
 
 @dataclass(frozen=True)
 class Seen:
-    """What may be attended to: `mask` [b, t, t], True for yes, and its blocks.
+    """What may be attended to: `mask` [b, queries, keys], True for yes, and its blocks.
 
     A block is (first query, end of queries, first key, end of keys) that any of them sees in any row.
     """
@@ -58,6 +59,21 @@ def cut(mask: Tensor) -> Seen:
         low, high = (int(keys[0]), int(keys[-1]) + 1) if len(keys) else (0, 1)
         blocks.append((begin, min(begin + size, length), low, high))
     return Seen(mask, tuple(blocks))
+
+
+def narrowed(seen: Seen, asked: Tensor) -> tuple[Seen, Tensor]:
+    """Keep the queries that are asked, [b, t], as few to a row as the row with most of them has.
+
+    Returns what they see and the place of each in b * queries.
+    """
+    order = asked.cumsum(1) - 1
+    queries = int(order.max()) + 1
+    rows, length = asked.shape
+    row = torch.arange(rows, device=asked.device)[:, None]
+    places = (row * queries + order)[asked]
+    mask = seen.mask.new_zeros(rows * queries, length)
+    mask[places] = seen.mask[asked]
+    return cut(mask.view(rows, queries, length)), places
 
 
 def masks(batch: Tensors, bidirectional: bool, window: int) -> tuple[Seen, Seen]:
@@ -84,8 +100,8 @@ def masks(batch: Tensors, bidirectional: bool, window: int) -> tuple[Seen, Seen]
 class Blocks(torch.autograd.Function):
     """Attention in blocks of queries, each over the keys that it may see at all.
 
-    `query` is [b, t * heads, d], `key` and `value` are [b, t, d] for all heads; returns
-    [b, t * heads, d]. Half of a whole product of long clips would be masked.
+    `query` is [b, queries * heads, d], `key` and `value` are [b, keys, d] for all heads; returns
+    [b, queries * heads, d]. Half of a whole product of long clips would be masked.
     """
 
     @staticmethod
@@ -96,7 +112,7 @@ class Blocks(torch.autograd.Function):
         value: Tensor,
         seen: Seen,
     ) -> Tensor:
-        rows, length, _ = key.shape
+        rows, length, _ = seen.mask.shape
         heads = query.shape[1] // length
         out = torch.empty_like(query)
         shares = []
@@ -133,31 +149,37 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: tuple[Seen, Tensor],
+    attention_mask: tuple[Seen, Tensor, Tensor],
     dropout: float = 0.0,
     scaling: float = 1.0,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, in the form transformers calls.
 
-    `query` is [1, heads, n, d], `key` and `value` are [1, 1, n, d] with the n tokens of all
-    sequences and no padding; `attention_mask` is (what is seen, place of each token in b * t).
-    The one key head meets all query heads in a single product. Returns [1, n, heads, d].
+    `query` is [1, heads, n, d], `key` and `value` are [1, 1, m, d] with the tokens of all sequences
+    and no padding; `attention_mask` is (what is seen, place of each query in b * queries, place of
+    each key in b * keys). The one key head meets all query heads in a single product. Returns
+    [1, n, heads, d].
     """
-    seen, places = attention_mask
-    rows, length, _ = seen.mask.shape
+    seen, asking, held = attention_mask
+    rows, queries, keys = seen.mask.shape
     heads, size = query.shape[1], query.shape[3]
     on = query.device.type
     kind = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else query.dtype
 
-    def spread(packed: Tensor) -> Tensor:
+    def spread(packed: Tensor, places: Tensor, length: int) -> Tensor:
         tokens = packed[0].transpose(0, 1).flatten(1).to(kind)
         padded = tokens.new_zeros(rows * length, tokens.shape[1])
         return padded.index_copy(0, places, tokens).view(rows, -1, size)
 
     with torch.autocast(on, enabled=False):
-        out = Blocks.apply(spread(query * scaling), spread(key), spread(value), seen)
-    return out.view(rows * length, heads, size)[places][None], None
+        out = Blocks.apply(
+            spread(query * scaling, asking, queries),
+            spread(key, held, keys),
+            spread(value, held, keys),
+            seen,
+        )
+    return out.view(rows * queries, heads, size)[asking][None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
@@ -169,7 +191,10 @@ class Trainee(nn.Module):
     def __init__(self, model: Gemma4UnifiedForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        model.model.language_model.config._attn_implementation = "packed"
+        text = model.model.language_model
+        text.config._attn_implementation = "packed"
+        # Full layers use keys as values; this one is given both (see `_last`).
+        text.layers[-1].self_attn.is_kv_shared_layer = True
         classes = {"frame_order": FRAME_CLASSES["order"], "word": FRAME_CLASSES["word"]}
         classes |= PATCH_CLASSES | {"event": EVENT_CLASSES, "second": SECOND_CLASSES}
         self.heads = nn.ModuleDict({k: nn.Linear(HIDDEN, n) for k, n in classes.items()})
@@ -205,9 +230,12 @@ class Trainee(nn.Module):
         hidden = embedded[held][None]
         position = batch["position"][held][None]
         rotary = {k: text.rotary_emb(hidden, position, k) for k in text.unique_layer_types}
-        attention = {"full_attention": (full, spots), "sliding_attention": (sliding, spots)}
+        attention = {
+            "full_attention": (full, spots, spots),
+            "sliding_attention": (sliding, spots, spots),
+        }
         states = [hidden]
-        for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
+        for layer, kind in zip(text.layers[:-1], text.config.layer_types[:-1], strict=True):
             hidden = layer(
                 hidden,
                 shared_kv_states={},
@@ -215,12 +243,12 @@ class Trainee(nn.Module):
                 attention_mask=attention[kind],
             )
             states.append(hidden)
-        target = batch["target"][held]
-        asked = target >= 0
-        logits = self.model.lm_head(text.norm(hidden[0, asked]))
+        asked = batch["target"] >= 0
+        hidden = self._last(hidden, rotary, full, asked, held)
+        logits = self.model.lm_head(text.norm(hidden[0]))
         cap = text.config.final_logit_softcapping
         logits = cap * torch.tanh(logits.float() / cap)
-        target = target[asked]
+        target = batch["target"][asked]
         answer = functional.cross_entropy(logits, target)
         auxiliary = self._auxiliary(batch, states, places[held])
         return {
@@ -229,6 +257,35 @@ class Trainee(nn.Module):
             "auxiliary": auxiliary.detach(),
             "right": (logits.argmax(-1) == target).float().mean(),
         }
+
+    def _last(
+        self,
+        hidden: Tensor,
+        rotary: dict[str, tuple[Tensor, Tensor]],
+        full: Seen,
+        asked: Tensor,
+        held: Tensor,
+    ) -> Tensor:
+        """Return the last layer's output [1, n, hidden] where an answer is asked for, and nowhere else.
+
+        Nothing reads the rest, which is nine of ten tokens: it only gives them keys and values.
+        """
+        text = self.model.model.language_model
+        layer, kind = text.layers[-1], text.config.layer_types[-1]
+        attention = layer.self_attn
+        cos, sin = rotary[kind]
+        shared = attention.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (1, -1))
+        key = apply_rotary_pos_emb(attention.k_norm(shared), cos, sin, unsqueeze_dim=2)
+        value = attention.v_norm(shared)
+        chosen = asked[held]
+        seen, places = narrowed(full, asked)
+        out: Tensor = layer(
+            hidden[:, chosen],
+            shared_kv_states={kind: (key.transpose(1, 2), value.transpose(1, 2))},
+            position_embeddings=(cos[:, chosen], sin[:, chosen]),
+            attention_mask=(seen, places, held.flatten().nonzero()[:, 0]),
+        )
+        return out
 
     def _auxiliary(self, batch: Tensors, states: list[Tensor], places: Tensor) -> Tensor:
         pairs = [(k, k) for k in PATCH_CLASSES]

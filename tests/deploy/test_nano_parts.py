@@ -175,7 +175,7 @@ def test_packed_attention_is_that_of_each_sequence_alone(
     seen = network.cut(mask)
     assert len(seen.blocks) == -(-5 // queries)
     places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
-    packed, _ = network.packed_attention(torch.nn.Identity(), *inputs, (seen, places))
+    packed, _ = network.packed_attention(torch.nn.Identity(), *inputs, (seen, places, places))
     alone = [
         torch.nn.functional.scaled_dot_product_attention(
             *(each[:, :, part].expand(-1, heads, -1, -1) for each in inputs),
@@ -192,6 +192,45 @@ def test_packed_attention_is_that_of_each_sequence_alone(
         found, torch.autograd.grad((wanted * weights).sum(), inputs), strict=True
     ):
         assert torch.allclose(of_ours, of_theirs, atol=1e-5)
+
+
+def test_training_sees_the_loss_of_the_model_itself() -> None:
+    """Two packed windows of different lengths, whose last layer answers where it is asked only."""
+    rng = np.random.default_rng(0)
+    windows = [
+        sequences.of_audio(9, instructions.ASR_ENGLISH, "hello seven green apple"),
+        sequences.of_audio(4, instructions.ASR_ENGLISH, "one"),
+    ]
+    batch = {k: torch.from_numpy(v) for k, v in sequences.stack(windows).items()}
+    batch |= {
+        "frames": torch.from_numpy(rng.standard_normal((13, 640), dtype=np.float32)),
+        "weight": torch.tensor(1.0),
+        "auxiliary_weight": torch.tensor(0.0),
+        "label_word": torch.zeros(13, dtype=torch.int64),
+        "label_order": torch.zeros(13, dtype=torch.int64),
+    }
+    plain = model.build(0)
+    trainee = network.Trainee(model.build(0))
+    loss = trainee(batch, False)["loss"]
+    loss.backward()
+    embedded, _ = network.Trainee(model.build(0))._embed(batch)
+    logits, wanted = [], []
+    for row, targets in enumerate(batch["target"]):
+        length = int((batch["branch"][row] >= 0).sum())
+        inside = plain.model.language_model(inputs_embeds=embedded[row : row + 1, :length])
+        asked = targets[:length] >= 0
+        logits.append(plain.lm_head(inside.last_hidden_state[0, asked]))
+        wanted.append(targets[:length][asked])
+    capped = 30.0 * torch.tanh(torch.cat(logits) / 30.0)
+    own = torch.nn.functional.cross_entropy(capped, torch.cat(wanted))
+    own.backward()
+    assert torch.allclose(loss, own, rtol=1e-5)
+    for index in (0, 5):
+        ours, theirs = (
+            each.model.language_model.layers[index].self_attn.k_proj.weight.grad
+            for each in (trainee.model, plain)
+        )
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_the_first_mlp_starts_as_band_energies() -> None:
