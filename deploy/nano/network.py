@@ -244,7 +244,7 @@ class Trainee(nn.Module):
             )
             states.append(hidden)
         asked = batch["target"] >= 0
-        hidden = self._last(hidden, rotary, full, asked, held)
+        hidden = self._last(hidden, rotary, full, spots, asked)
         logits = self.model.lm_head(text.norm(hidden[0]))
         cap = text.config.final_logit_softcapping
         logits = cap * torch.tanh(logits.float() / cap)
@@ -263,8 +263,8 @@ class Trainee(nn.Module):
         hidden: Tensor,
         rotary: dict[str, tuple[Tensor, Tensor]],
         full: Seen,
+        spots: Tensor,
         asked: Tensor,
-        held: Tensor,
     ) -> Tensor:
         """Return the last layer's output [1, n, hidden] where an answer is asked for, and nowhere else.
 
@@ -277,13 +277,13 @@ class Trainee(nn.Module):
         shared = attention.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (1, -1))
         key = apply_rotary_pos_emb(attention.k_norm(shared), cos, sin, unsqueeze_dim=2)
         value = attention.v_norm(shared)
-        chosen = asked[held]
+        chosen = asked.flatten()[spots]
         seen, places = narrowed(full, asked)
         out: Tensor = layer(
             hidden[:, chosen],
             shared_kv_states={kind: (key.transpose(1, 2), value.transpose(1, 2))},
             position_embeddings=(cos[:, chosen], sin[:, chosen]),
-            attention_mask=(seen, places, held.flatten().nonzero()[:, 0]),
+            attention_mask=(seen, places, spots),
         )
         return out
 
