@@ -126,7 +126,7 @@ class Engine:
             model=model.id,
             revision=model.revision,
             tokenizer_revision=model.revision,
-            dtype=model.dtype,
+            dtype=engine_dtype(model.dtype),
             quantization=model.quantization,
             enable_lora=model.adapter is not None,
             max_model_len=model.max_model_len,
@@ -209,6 +209,25 @@ class Engine:
             media_tokens=_media_tokens(request, prompt_ids),
             output_tokens=len(completion.token_ids),
         )
+
+
+def emulated_bfloat16() -> bool:
+    """Whether this is x86 without AVX-512: its products of bfloat16 take eight times those of float32."""
+    import torch
+
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    return capability == "AVX2"
+
+
+def engine_dtype(dtype: str) -> str:
+    """float32 for "auto" where the engine would run on a CPU that only emulates bfloat16.
+
+    Anything else is left to vLLM, which takes the checkpoint's.
+    """
+    from vllm.platforms import current_platform
+
+    slow = dtype == "auto" and current_platform.is_cpu() and emulated_bfloat16()
+    return "float32" if slow else dtype
 
 
 def end_process(reason: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, Gemma4UnifiedForConditionalGeneration
 
 from deploy.nano.prepare import Prepared, for_engine, for_transformers
+from operators.engine import engine_dtype
 
 # 12 words or the longest caption (33 tokens) fit with room to spare.
 MAX_TOKENS: Final = 48
@@ -49,7 +50,7 @@ async def _ask_engine(checkpoint: Path, requests: list[Prepared], dtype: str) ->
 
     arguments = AsyncEngineArgs(
         model=str(checkpoint),
-        dtype=dtype,
+        dtype=engine_dtype(dtype),
         max_model_len=4096,
         max_num_seqs=16,
         max_num_batched_tokens=4096,
@@ -79,7 +80,7 @@ async def _ask_engine(checkpoint: Path, requests: list[Prepared], dtype: str) ->
         engine = None  # its clean-up at interpreter exit would find modules gone
 
 
-def ask_engine(checkpoint: Path, requests: list[Prepared], dtype: str = "bfloat16") -> list[str]:
+def ask_engine(checkpoint: Path, requests: list[Prepared], dtype: str = "auto") -> list[str]:
     """Start vLLM (some 20 s), answer all requests greedily, shut it down."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

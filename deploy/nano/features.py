@@ -1,6 +1,7 @@
 """Media to what the trainer eats: patch features and audio frames, in the processor's layout."""
 
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 import torch
@@ -8,12 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deploy.nano.start import FRAME_SAMPLES, patch_projection
+from operators.engine import emulated_bfloat16
+
+# The factors of the projection are rounded to bf16; these hold what they are multiplied in.
+_KIND: Final = torch.float32 if emulated_bfloat16() else torch.bfloat16
 
 
 @lru_cache(maxsize=1)
 def _projection() -> tuple[Tensor, Tensor]:
-    weight, bias = patch_projection()
-    return weight.bfloat16(), bias.bfloat16()
+    weight, bias = (each.bfloat16().to(_KIND) for each in patch_projection())
+    return weight, bias
 
 
 def patch_features(values: NDArray[np.uint8]) -> NDArray[np.float16]:
@@ -21,7 +26,8 @@ def patch_features(values: NDArray[np.uint8]) -> NDArray[np.float16]:
     weight, bias = _projection()
     scaled = (torch.from_numpy(values).float() / 255.0).bfloat16().float()
     normed = torch.nn.functional.layer_norm(scaled, (values.shape[1],))
-    projected = torch.nn.functional.linear(normed.bfloat16(), weight, bias)
+    factors = normed.bfloat16().to(_KIND)
+    projected = torch.nn.functional.linear(factors, weight, bias).bfloat16()
     halves: NDArray[np.float16] = projected.half().numpy()
     return halves
 

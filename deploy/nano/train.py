@@ -32,6 +32,7 @@ from deploy.nano.network import Tensors, Trainee
 from deploy.nano.optimiser import ADAMW_RATE, MUON_RATE, SCHEDULE, Muon, rate, split
 from deploy.nano.parallel import Metrics, Side, allocate_with_tcmalloc, run
 from deploy.nano.speech_bank import Bank, load_or_record
+from operators.engine import emulated_bfloat16
 
 STEPS: Final = SCHEDULE[-1][0]
 # Steps from one saved state to the next.
@@ -191,7 +192,8 @@ def main() -> None:
     # Three tenths of a step's time; without a C++ compiler it cannot be had.
     compiler = shutil.which("g++") is not None
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compiler)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    bf16 = torch.cuda.is_available() or not emulated_bfloat16()
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not torch.cuda.is_available():

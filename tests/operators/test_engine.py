@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
 
 from operators.decode_image import decode_image
-from operators.engine import Engine, EngineOptions
+from operators.engine import Engine, EngineOptions, engine_dtype
 from operators.engine_media import pixel_values
 from operators.engine_meter import Meter, watch
 from operators.errors import MediaError
@@ -193,6 +193,18 @@ def test_bf16_values_are_rounded_once_from_float32() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(1, -1)
     expected = torch.tensor(values.astype(np.float32) * np.float32(1 / 255)).to(torch.bfloat16)
     assert torch.equal(pixel_values(values), expected)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "asked", "taken"),
+    [("AVX2", "auto", "float32"), ("AVX2", "bfloat16", "bfloat16"), ("AVX512", "auto", "auto")],
+)
+def test_a_cpu_that_emulates_bfloat16_takes_float32(
+    cpu: str, asked: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert engine_dtype(asked) == taken
 
 
 def test_the_watchdog_acts_where_requests_are_open_and_no_token_comes() -> None:
