@@ -193,8 +193,10 @@ class Trainee(nn.Module):
         self.model = model
         text = model.model.language_model
         text.config._attn_implementation = "packed"
-        # Full layers use keys as values; this one is given both (see `_last`).
+        # Full layers use keys as values; the last one is given both (see `_last`), by no other layer.
         text.layers[-1].self_attn.is_kv_shared_layer = True
+        for layer in text.layers:
+            layer.self_attn.store_full_length_kv = False
         classes = {"frame_order": FRAME_CLASSES["order"], "word": FRAME_CLASSES["word"]}
         classes |= PATCH_CLASSES | {"event": EVENT_CLASSES, "second": SECOND_CLASSES}
         self.heads = nn.ModuleDict({k: nn.Linear(HIDDEN, n) for k, n in classes.items()})
@@ -235,10 +237,13 @@ class Trainee(nn.Module):
             "sliding_attention": (sliding, spots, spots),
         }
         states = [hidden]
+        # Never read, but of the form that the last layer is given: where a layer is compiled anew, torch
+        # looks why the code of the others does not fit, and fails where it finds nothing.
+        unshared = dict.fromkeys(text.unique_layer_types, (None, None))
         for layer, kind in zip(text.layers[:-1], text.config.layer_types[:-1], strict=True):
             hidden = layer(
                 hidden,
-                shared_kv_states={},
+                shared_kv_states=unshared,
                 position_embeddings=rotary[kind],
                 attention_mask=attention[kind],
             )

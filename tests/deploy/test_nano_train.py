@@ -1,12 +1,14 @@
-"""An interrupted training goes on where it was."""
+"""Training goes on where it was interrupted, and compiles."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -15,7 +17,7 @@ from deploy.nano import generate_speech, speech_bank
 TRAIN = Path(__file__).resolve().parents[2] / "deploy" / "nano" / "train.py"
 
 
-def start(work: Path, steps: int) -> subprocess.Popen[bytes]:
+def start(work: Path, steps: int, *, compiled: bool = False) -> subprocess.Popen[bytes]:
     """Train to step number `steps`, with a small bank in place of the real one."""
     work.mkdir(exist_ok=True)
     if not (work / "bank.npz").exists():
@@ -23,7 +25,8 @@ def start(work: Path, steps: int) -> subprocess.Popen[bytes]:
         rng = np.random.default_rng(0)
         coded = [generate_speech.draw_window(bank, rng, max_words=3) for _ in range(4)]
         torch.save(coded, work / "coded.pt")
-    command = [sys.executable, str(TRAIN), "--work-dir", str(work), "--no-compile"]
+    command = [sys.executable, str(TRAIN), "--work-dir", str(work)]
+    command.append("--compile" if compiled else "--no-compile")
     return subprocess.Popen([*command, "--output", str(work / "made"), "--steps", str(steps)])
 
 
@@ -41,3 +44,14 @@ def test_what_was_interrupted_is_what_was_not(tmp_path: Path) -> None:
         assert torch.equal(tensor, twice[name]), name
     # the second step did something
     assert any(not torch.equal(tensor, twice[name]) for name, tensor in first.items())
+
+
+def test_compiled_layers_do_what_the_others_do(tmp_path: Path) -> None:
+    """One step has shapes enough for a layer to be compiled more than once."""
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    slow, fast = start(plain, 1), start(compiled, 1, compiled=True)
+    assert slow.wait(240) == 0
+    assert fast.wait(400) == 0
+    ours, theirs = (json.loads((work / "log.jsonl").read_text()) for work in (plain, compiled))
+    for key in ("pictures", "clips", "large", "windows"):
+        assert theirs[f"{key}.answer"] == pytest.approx(ours[f"{key}.answer"], rel=1e-2), key
