@@ -30,7 +30,10 @@ class ModelSettings(Settings):
     revision: str = Field(
         "main", description="hub revision; pin a commit so that a moved branch is no surprise"
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="auto: the checkpoint's own, or float32 on a CPU that only emulates bfloat16",
+    )
     quantization: str | None = Field(None, description="as vLLM names it, for example fp8")
     adapter: str | None = Field(None, description="directory or hub id of a LoRA adapter")
     max_model_len: int = Field(
