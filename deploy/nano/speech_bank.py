@@ -7,12 +7,14 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploy.nano.espeak import Samples
 from deploy.nano.words import SPOKEN
@@ -51,7 +53,8 @@ def speak(voice: str, wanted: list[Take]) -> list[Samples]:
         stdout=subprocess.PIPE,
         check=True,
     )
-    return _split(io.BytesIO(done.stdout))
+    with np.load(io.BytesIO(done.stdout)) as arrays:
+        return _split(arrays)
 
 
 def takes(seed: int, per_voice: int) -> list[Take]:
@@ -91,9 +94,8 @@ def record(seed: int, per_voice: int) -> Bank:
     return Bank(recordings)
 
 
-def _split(stored: Path | io.BytesIO) -> list[Samples]:
-    with np.load(stored) as arrays:
-        return np.split(arrays["samples"], np.cumsum(arrays["lengths"])[:-1])
+def _split(arrays: Mapping[str, NDArray[Any]]) -> list[Samples]:
+    return np.split(arrays["samples"], np.cumsum(arrays["lengths"])[:-1])
 
 
 def load_or_record(path: Path, seed: int, per_voice: int) -> Bank:
@@ -110,9 +112,9 @@ def load_or_record(path: Path, seed: int, per_voice: int) -> Bank:
             samples=np.concatenate([s for _, s in flat]),
         )
         partial.replace(path)
-    with np.load(path) as stored:
-        words = stored["words"]
+    with np.load(path) as arrays:
+        words, sounds = arrays["words"], _split(arrays)
     recordings: dict[str, list[Samples]] = {word: [] for word in SPOKEN}
-    for word, sound in zip(words, _split(path), strict=True):
+    for word, sound in zip(words, sounds, strict=True):
         recordings[str(word)].append(sound)
     return Bank(recordings)
