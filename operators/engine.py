@@ -85,6 +85,7 @@ class Engine:
                 self._llm: Any = asyncio.run_coroutine_threadsafe(
                     self._start(model, options), self._loop
                 ).result()
+            self._folder.note_memory()
         except BaseException:
             self._folder.remove()
             raise

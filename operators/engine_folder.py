@@ -1,7 +1,9 @@
-"""A folder of an engine's own for its sockets, gone when the engine is.
+"""A folder of an engine's own for its sockets and its shared memory's names, gone when the engine is.
 
 vLLM binds unix sockets with random names in the temporary directory and leaves them there: seven an
-engine. A process that is killed cannot clean up, so the next engine on the machine removes what no
+engine. Where its workers are processes (on CPUs, and several GPUs an engine) they share 160 MB of
+/dev/shm, which stay when they are killed, and Ray kills an actor's children before the actor may close
+anything. A process that is killed cannot clean up, so the next engine on the machine removes what no
 living process holds.
 """
 
@@ -9,17 +11,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 PREFIX = "polyscribe-engine-"
 LOCK = "lock"
+MEMORY = "memory"
+SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps what multiprocessing.shared_memory makes
 VARIABLE = "VLLM_RPC_BASE_PATH"
 # A unix socket's path has at most 107 bytes; the folder's name and a UUID take 64 of them.
 LONGEST_BASE = 43
+# as multiprocessing.shared_memory names what it makes
+_NAME = re.compile(r"\bpsm_[0-9a-f]+")
 
 
 class EngineFolder:
@@ -46,10 +55,18 @@ class EngineFolder:
             if before is not None:
                 os.environ[VARIABLE] = before
 
+    def note_memory(self) -> None:
+        """Write down the shared memory that processes hold which this one has started, by now."""
+        names: set[str] = set()
+        for process in psutil.Process().children(recursive=True):
+            with suppress(OSError):  # it has just ended
+                names |= set(_NAME.findall(Path(f"/proc/{process.pid}/maps").read_text()))
+        (self.path / MEMORY).write_text("\n".join(names))
+
     def remove(self) -> None:
-        """May be called twice."""
+        """The folder, and the shared memory noted in it. May be called twice."""
         if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path)
             os.close(self._lock)
             self._lock = -1
 
@@ -60,6 +77,13 @@ def _sweep(base: Path) -> None:
             lock = os.open(left, os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left.parent, ignore_errors=True)
+                _remove(left.parent)
             finally:
                 os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        for name in _NAME.findall((folder / MEMORY).read_text()):
+            (SHARED / name).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -235,6 +235,13 @@ def test_a_dead_engine_ends_its_actor_and_nobody_waits_on_it(
         if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
     ]
     assert cores
+    shared = {
+        Path(held.path)
+        for process in psutil.Process().children(recursive=True)
+        for held in process.memory_maps()
+        if held.path.startswith("/dev/shm/psm_")
+    }
+    assert shared or torch.cuda.is_available()  # one GPU needs none
     waiting = [engine.submit(prepared(SHAPE, prompt)) for _ in range(4)]
     for core in cores:
         core.kill()
@@ -248,6 +255,7 @@ def test_a_dead_engine_ends_its_actor_and_nobody_waits_on_it(
     assert "the engine died" in deaths[0]
     # its actor's process is about to end without clean-up
     assert not list(temporary.glob("polyscribe-engine-*"))
+    assert not [path for path in shared if path.exists()]
 
 
 SHAPE = media.encode(media.photo(64, 64), "PNG")

@@ -1,4 +1,4 @@
-"""An engine's sockets lie in a folder of its own, which goes with it, or with the next engine."""
+"""An engine's sockets and shared memory are known by a folder that goes with it, or with the next one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ import pytest
 from operators.engine_folder import LONGEST_BASE, EngineFolder
 
 HOLD = """
-import sys, tempfile
+import subprocess, sys, tempfile
 from operators.engine_folder import EngineFolder
 tempfile.tempdir = sys.argv[1]
 folder = EngineFolder()
 (folder.path / "socket").touch()
-print("held", flush=True)
+share = '''
+import sys
+from multiprocessing import resource_tracker, shared_memory
+shared = shared_memory.SharedMemory(create=True, size=4096)
+resource_tracker.unregister(shared._name, "shared_memory")
+print(shared.name, flush=True)
+sys.stdin.read()
+'''
+worker = subprocess.Popen([sys.executable, "-c", share], stdout=subprocess.PIPE)
+name = worker.stdout.readline().decode()
+folder.note_memory()
+print(name, end="", flush=True)
 sys.stdin.read()
 """
 
@@ -83,12 +94,14 @@ def test_what_a_killed_process_left_goes_with_the_next_engine(base: Path) -> Non
         cwd=Path(__file__).parents[2],
     ) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+        shared = Path("/dev/shm", other.stdout.readline().decode().strip())
         assert len(folders(base)) == 2
         second = EngineFolder()
         assert len(folders(base)) == 3  # all three are alive
+        assert shared.is_file()
         other.kill()
     third = EngineFolder()
     assert set(folders(base)) == {held.path, second.path, third.path}
+    assert not shared.exists()
     for folder in (held, second, third):
         folder.remove()
