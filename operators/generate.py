@@ -104,7 +104,8 @@ class Generate:
             self._engine.close()
 
     def __del__(self) -> None:
-        # Ray Data deletes the callable when it releases the actor: the last chance to shut down.
+        # Ray Data deletes the callable when it releases the actor. Ray has killed the engine's processes
+        # by then; what they left behind is put away here.
         self.close()
 
     def _ask(self, table: pa.Table, indices: list[int]) -> dict[int, _Outcome]:
