@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -69,17 +70,21 @@ def halves(
 
 
 def joined(whole: Answer, parts: Sequence[Answer], translate_to: str | None) -> Answer:
-    """The parts' answers as one, or `whole` where there are none, or one of them went wrong as well.
+    """The parts' answers as one, or `whole` where there are none.
 
-    Tokens are all counted.
+    Where one of them went wrong too, the window has: with the fault of `whole`, or with the part's
+    where `whole` only said that nobody spoke. Tokens are all counted.
     """
     if not parts:
         return whole
+    bad = [part for part in parts if went_wrong(part) or part.error_code]
+    if bad:
+        said = whole if went_wrong(whole) else bad[0]
+    else:
+        said = replace(parts[0], text=_joined_text(parts, translate_to))
     answers = [whole, *parts]
-    good = not any(went_wrong(part) or part.error_code for part in parts)
-    return Answer(
-        text=_joined_text(parts, translate_to) if good else whole.text,
-        finish_reason="stop" if good else whole.finish_reason,
+    return replace(
+        said,
         prompt_tokens=sum(answer.prompt_tokens for answer in answers),
         media_tokens=sum(answer.media_tokens or 0 for answer in answers),
         output_tokens=sum(answer.output_tokens for answer in answers),

@@ -44,6 +44,18 @@ def test_two_good_halves_replace_the_whole_and_all_tokens_count() -> None:
     assert joined(whole, [], None) is whole
 
 
+def test_what_was_heard_is_not_taken_for_silence_where_a_half_went_wrong() -> None:
+    whole = answer("[no speech]")
+    looped = joined(whole, [answer("one"), answer("la la la", "repetition")], None)
+    assert (looped.text, looped.finish_reason, looped.output_tokens) == (
+        "la la la",
+        "repetition",
+        9,
+    )
+    refused = Answer("", None, 0, None, 0, "generate.rejected", "too long")
+    assert joined(whole, [refused, answer("two")], None).error_code == "generate.rejected"
+
+
 def test_a_half_in_which_nobody_speaks_adds_no_words() -> None:
     whole = answer("[no speech]")
     assert joined(whole, [answer("[no speech]"), answer("two")], None).text == "two"
