@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 PREFIX = "polyscribe-engine-"
+STARTING = "polyscribe-starts-"
 LOCK = "lock"
 MEMORY = "memory"
 SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps what multiprocessing.shared_memory makes
@@ -39,9 +40,11 @@ class EngineFolder:
         if len(os.fsencode(base)) > LONGEST_BASE:
             base = "/tmp"  # noqa: S108 - mkdtemp makes a folder that only this user enters
         _sweep(Path(base))
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        # Under its final name only when it is held: another engine's sweep may come at any moment.
+        made = Path(tempfile.mkdtemp(prefix=STARTING, dir=base))
+        self._lock = os.open(made / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = made.rename(made.with_name(PREFIX + made.name.removeprefix(STARTING)))
 
     @contextmanager
     def used(self) -> Iterator[None]:
