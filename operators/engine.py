@@ -180,7 +180,7 @@ class Engine:
 
     async def _generate(self, request: Request, engine_input: object) -> Answer:
         from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self._next_id += 1
         final = None
@@ -199,9 +199,19 @@ class Engine:
                 raise
             except (ValueError, VLLMClientError) as error:
                 raise MediaError("generate.rejected", str(error)) from error
+            except (
+                EngineGenerateError
+            ) as error:  # what its own processor says of a picture, wrapped
+                if isinstance(error.__cause__, ValueError):
+                    raise MediaError("generate.rejected", str(error.__cause__)) from error
+                raise
         if final is None or not final.finished:
-            raise MediaError("generate.rejected", "the engine gave no answer")
+            raise MediaError("generate.interrupted", "the engine gave no answer")
         completion = final.outputs[0]
+        if completion.finish_reason in ("abort", "error"):
+            raise MediaError(
+                "generate.interrupted", f"the engine's reason: {completion.finish_reason}"
+            )
         prompt_ids = final.prompt_token_ids or []
         return Answer(
             text=completion.text,

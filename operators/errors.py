@@ -46,6 +46,7 @@ FAILURES: dict[str, Failure] = {
     "generate.truncated": Failure("the answer hit sampling.max_tokens"),
     "generate.refused": Failure("the model says that it cannot transcribe, instead of doing so"),
     "generate.rejected": Failure("the engine refused the request"),
+    "generate.interrupted": Failure("the engine broke the request off", transient=True),
     "generate.engine_killed": Failure("the engine died twice while this row was in it"),
 }
 

@@ -72,6 +72,7 @@ class Generate:
         self._report = report
         self._strikes = strikes()
         self._gate = Gate()
+        self._proven = False
         self._engine = engine()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -86,6 +87,7 @@ class Generate:
                 answers |= self._ask(table, clean)
         for index in work:
             if strikes[index] >= MAX_STRIKES:
+                self._prove()
                 answers[index] = _Outcome(
                     error=MediaError(
                         "generate.engine_killed",
@@ -129,7 +131,18 @@ class Generate:
             outcome.answers[place] = joined(outcome.answers[place], answers, self._translate_to)
             outcome.seconds = time.monotonic() - started
         self._strikes.end(ids)
+        self._proven = True
         return outcomes
+
+    def _prove(self) -> None:
+        """Have the engine answer something, if it has not yet: no row is to blame for a sick engine.
+
+        One that dies of this ends the process while no row is charged. Token 0 is in any vocabulary.
+        """
+        if not self._proven:
+            with self._gate.alone():
+                self._engine.submit(TextRequest([0], 1)).result()
+            self._proven = True
 
     def _once_more(
         self, request: Request | MediaError, answer: Answer, row: dict[str, Any]
@@ -189,12 +202,12 @@ class Generate:
                 yield ImageRequest(token_ids, place, patches, columns, rows, media_hash, longest)
 
     def _raw_request(self, row: dict[str, Any], data: bytes) -> Request | MediaError:
+        prompt = self._prompts["image"]
         try:
             pixels = decode_image(data, self._image).pixels
+            rendered = prompt.raw(json.loads(row["variables"] or "{}"))
         except MediaError as error:
             return error
-        prompt = self._prompts["image"]
-        rendered = prompt.raw(json.loads(row["variables"] or "{}"))
         return RawImageRequest(rendered, pixels, prompt.raw_media_id, self._answer_tokens["image"])
 
 

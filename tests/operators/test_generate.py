@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import media
 import numpy as np
@@ -14,7 +15,8 @@ from fakes import PROMPT, EchoEngine, MemoryStrikes, done
 
 from operators.errors import MediaError
 from operators.generate import Gate, Generate
-from operators.requests import Answer, AudioRequest, Request
+from operators.prompt import Prompt
+from operators.requests import Answer, AudioRequest, Request, TextRequest
 from operators.schema import ANSWERS, PREPARED
 from operators.settings import AudioSettings, ImageSettings
 
@@ -38,10 +40,10 @@ def table(*rows: dict[str, object]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=PREPARED)
 
 
-def generate(engine: EchoEngine, strikes: MemoryStrikes) -> Generate:
+def generate(engine: EchoEngine, strikes: MemoryStrikes, prompt: Prompt = PROMPT) -> Generate:
     return Generate(
         lambda: engine,
-        {"image": PROMPT, "audio": PROMPT},
+        {"image": prompt, "audio": prompt},
         {"image": 9, "audio": 9},
         ImageSettings(),
         AudioSettings(),
@@ -116,6 +118,20 @@ def test_a_suspect_runs_alone_and_two_strikes_end_a_row() -> None:
     assert [r["error_code"] for r in out] == [None, None, "generate.engine_killed", None]
 
 
+def test_a_row_is_only_given_up_by_an_engine_that_answers() -> None:
+    asked: list[Request] = []
+
+    class Sick(EchoEngine):
+        def submit(self, request: Request) -> Future[Answer]:
+            asked.append(request)
+            raise SystemExit("the engine died")
+
+    strikes = MemoryStrikes({"a": 2})
+    with pytest.raises(SystemExit):
+        generate(Sick(), strikes)(table(row("a")))
+    assert (asked, strikes.begun) == ([TextRequest([0], 1)], [])
+
+
 def test_an_error_that_is_not_the_rows_own_stops_the_call() -> None:
     class Broken(EchoEngine):
         def submit(self, request: object) -> object:  # type: ignore[override]
@@ -179,9 +195,15 @@ def test_render_engine_decodes_for_the_engines_own_processor() -> None:
 
     picture = media.encode(media.photo(30, 20), "PNG")
     raw = {"window_tokens": [[]], "window_columns": [0], "window_rows": [0]}
-    good = row("a", **{**raw, "window_media": [picture]})
-    bad = row("b", **{**raw, "window_media": [picture[:200]]})
-    first, second = generate(Raw(), MemoryStrikes())(table(good, bad)).to_pylist()
-    assert first["window_answers"][0]["media_tokens"] is None
-    assert second["window_answers"][0]["error_code"] == "decode.corrupt"
+    here = '{"place": "here"}'
+    good = row("a", **{**raw, "window_media": [picture]}, variables=here)
+    bad = row("b", **{**raw, "window_media": [picture[:200]]}, variables=here)
+    wordy = row("c", **{**raw, "window_media": [picture]}, variables='{"place": "far too long"}')
+    call = generate(Raw(), MemoryStrikes(), replace(PROMPT, text="Say {place}"))
+    codes = {}
+    for out in call(table(good, bad, wordy)).to_pylist():
+        (answer,) = out["window_answers"]
+        assert answer["media_tokens"] is None
+        codes[out["span_id"]] = answer["error_code"]
+    assert codes == {"a": None, "b": "decode.corrupt", "c": "prepare.bad_variable"}
     assert seen[0].pixels.shape == (20, 30, 3)
