@@ -1,41 +1,66 @@
 """Which rows were in an engine when it died: kept in an actor of its own, so that it outlives the engine.
 
-A restarted engine actor registers under its old id; the rows that were open are charged a strike.
-An actor that comes back on another node lost its node, not its engine: nobody is charged.
+A restarted engine actor registers under its old id; the rows that were open are charged a strike,
+unless its node is gone: then it lost its node, not its engine. An engine that dies again and again and
+finishes no row in between is sick (a bad GPU, say), and no row is to blame: the run stops.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
+# A row that kills its engine dies with many the first time and alone the second, so three such rows in
+# the engine's first batch are four deaths in a row.
+MAX_DEATHS = 5
+
+
+class SickEngineError(RuntimeError):
+    """An engine died MAX_DEATHS times and finished no row in between."""
+
 
 class StrikeBook:
-    """The book itself; plain Python, run as a Ray actor by `open_book`."""
+    """The book itself; plain Python, run as a Ray actor by `open_book`.
 
-    def __init__(self) -> None:
+    `is_alive` tells whether a node is still in the cluster.
+    """
+
+    def __init__(self, is_alive: Callable[[str], bool]) -> None:
+        self._is_alive = is_alive
         self._open: defaultdict[str, set[str]] = defaultdict(set)
         self._node: dict[str, str] = {}
         self._strikes: Counter[str] = Counter()
+        self._deaths: Counter[str] = Counter()
         self._restarts = 0
 
     def register(self, actor_id: str, node_id: str) -> None:
-        """An engine actor starts or starts again."""
+        """An engine actor starts or starts again. Raises SickEngineError."""
         left = self._open.pop(actor_id, set())
-        if actor_id in self._node:
-            self._restarts += 1
-            if self._node[actor_id] == node_id:
-                self._strikes.update(left)
+        before = self._node.get(actor_id)
         self._node[actor_id] = node_id
+        if before is None:
+            return
+        self._restarts += 1
+        if before != node_id and not self._is_alive(before):
+            return
+        self._strikes.update(left)
+        self._deaths[actor_id] += 1
+        if self._deaths[actor_id] >= MAX_DEATHS:
+            raise SickEngineError(
+                f"an engine died {MAX_DEATHS} times, last on node {before}, and finished no row in"
+                " between, so it is not the rows. Its log says why (a GPU, its driver or its memory,"
+                " model.adapter, engine.*)"
+            )
 
     def begin(self, actor_id: str, span_ids: Sequence[str]) -> None:
         self._open[actor_id].update(span_ids)
 
     def end(self, actor_id: str, span_ids: Sequence[str]) -> None:
         self._open[actor_id].difference_update(span_ids)
+        del self._deaths[actor_id]
 
     def counts(self, span_ids: Sequence[str]) -> list[int]:
         return [self._strikes[span_id] for span_id in span_ids]
@@ -68,7 +93,11 @@ class ActorStrikes:
 
 def open_book() -> ray.actor.ActorHandle:
     """A book on the driver's node; it needs no CPU of its own."""
-    return ray.remote(StrikeBook).options(num_cpus=0, **beside_driver()).remote()
+    return ray.remote(StrikeBook).options(num_cpus=0, **beside_driver()).remote(_is_alive)
+
+
+def _is_alive(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def beside_driver() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from operators.patchify import patchify
 from operators.schema import FAILED, LEDGER, RESULTS
 from pipeline.assemble import read_marker
 from pipeline.config import Job
-from pipeline.run import Finished, run
+from pipeline.run import BrokenRunError, Finished, run
 from pipeline.source import SourceError
 from pipeline.store import Store
 from pipeline.verify import verify
@@ -219,10 +220,23 @@ def test_a_row_that_kills_its_engine_twice_is_given_up_and_nobody_else(
     assert report["engine"]["restarts"] == 2
 
 
+def test_an_engine_that_dies_of_everything_stops_the_run_and_no_row_is_blamed(
+    job: Callable[..., Job], pictures: Path
+) -> None:
+    one = job(resources={"rows_per_block": 1})
+
+    class Sick(EchoEngine):
+        def submit(self, request: Any) -> Any:
+            os._exit(1)
+
+    with pytest.raises(BrokenRunError, match=r"(?s)an engine died 5 times.*run the job again"):
+        run(one, Console(file=io.StringIO()), engine=lambda job: Sick)
+    store = Store(f"{one.output.uri}/{one.fingerprint}", {})
+    assert not list(store.names("ledger"))
+
+
 def test_a_run_that_breaks_keeps_what_was_finished(job: Callable[..., Job], pictures: Path) -> None:
     """A marker is only written for a whole run; what a broken one committed is not asked again."""
-    from pipeline.run import BrokenRunError
-
     for number in range(200):
         (pictures / f"n{number:03d}.png").write_bytes(plain((number, 1, 1)))
     one = job(resources={"rows_per_block": 8})
