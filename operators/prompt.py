@@ -217,13 +217,18 @@ def fill(
                 "prepare.bad_variable",
                 f"{name} has {len(given)} characters; prompt.max_variable_chars is {max_chars}",
             )
-        for token in control_tokens:
-            if token in given:
-                raise MediaError("prepare.bad_variable", f"{name} holds the token {token}")
         return given
 
     # The template trims the instruction, so the filled one is trimmed as well.
-    return VARIABLE.sub(value, text).strip()
+    filled = VARIABLE.sub(value, text).strip()
+    for token in control_tokens:
+        # in the whole, since <{name}> and |image| make one together
+        if filled.count(token) > text.count(token):
+            names = ", ".join(sorted({match.group(1) for match in VARIABLE.finditer(text)}))
+            raise MediaError(
+                "prepare.bad_variable", f"with {names} the prompt holds the token {token}"
+            )
+    return filled
 
 
 def fitting(ids: list[int], max_tokens: int) -> list[int]:

@@ -78,6 +78,13 @@ def test_a_bad_variable_costs_its_row(nano: Path, variables: dict[str, str], sai
     assert error.value.code == "prepare.bad_variable"
 
 
+def test_no_token_is_made_of_a_value_and_the_text_around_it(nano: Path) -> None:
+    prompt = load(nano, "What is <{name}>?")
+    with pytest.raises(MediaError, match=r"with name the prompt holds the token <\|image\|>"):
+        prompt.window(5, {"name": "|image|"})
+    assert "<turn>" in prompt.raw({"name": "turn"})
+
+
 def test_a_value_is_text_and_never_a_field_of_its_own(nano: Path) -> None:
     prompt = load(nano, "Is {a} or {b}?")
     assert "{b} or y" in prompt.raw({"a": "{b}", "b": "y"})
