@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from operators.errors import FAILURES, MediaError
+from operators.prompt import VARIABLE
 from operators.retry import is_refusal
 from operators.schema import ANSWERS, LEDGER
 from operators.settings import AudioSettings
@@ -42,7 +43,7 @@ class Parse:
                 match kind(row["track"]):
                     case "audio":
                         fields |= transcript(row, answers, self._audio.translate_to)
-                        fields["language"] = self._audio.language
+                        fields["language"] = spoken_language(self._audio, row["variables"])
                     case "video":
                         fields |= captions(row, answers)
                     case _:
@@ -79,7 +80,7 @@ def transcript(
     `structured` has the translation of each window with its times. Raises MediaError where all of
     it failed.
     """
-    windows, first = outcomes(row, answers)
+    windows, first = outcomes(row, answers, spoken=True)
     translated = []
     own = channel(row["track"])
     place = {} if own is None else {"channel": own}
@@ -97,6 +98,12 @@ def transcript(
     fields["segments"] = [vars(segment) | place for segment in said.segments]
     fields["structured"] = json.dumps(translated, ensure_ascii=False) if translated else None
     return fields
+
+
+def spoken_language(audio: AudioSettings, variables: str | None) -> str | None:
+    """audio.language with the {variables} of the row's manifest, a JSON object."""
+    given = json.loads(variables or "{}")
+    return audio.language and VARIABLE.sub(lambda name: given.get(name[1], name[0]), audio.language)
 
 
 def captions(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def captions(row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> di
 
 
 def outcomes(
-    row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]
+    row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], spoken: bool = False
 ) -> tuple[list[Heard], MediaError | None]:
     """Each window's text or failure, in order, and the first failure."""
     windows, first = [], None
@@ -126,7 +133,7 @@ def outcomes(
     ):
         text, code = answer["text"], None
         try:
-            check(answer)
+            check(answer, spoken)
         except MediaError as error:
             first = first or error
             text, code = None, error.code
@@ -175,12 +182,15 @@ def caption(answers: Sequence[Mapping[str, Any]], prompt_name: str) -> dict[str,
     }
 
 
-def check(answer: Mapping[str, Any]) -> None:
-    """Raise MediaError where the engine refused, or did not end the answer of its own will."""
+def check(answer: Mapping[str, Any], spoken: bool = False) -> None:
+    """Raise MediaError where the engine refused, or did not end the answer of its own will.
+
+    `spoken`: or where the model did, instead of transcribing. In a picture such words may stand.
+    """
     if answer["error_code"] is not None:
         raise MediaError(answer["error_code"], answer["error_message"])
     if answer["finish_reason"] == "stop":
-        if is_refusal(answer["text"]):
+        if spoken and is_refusal(answer["text"]):
             raise MediaError("generate.refused", answer["text"])
         return
     tail = answer["text"].strip()[-EXCERPT_CHARS:]

@@ -20,7 +20,8 @@ from operators.stitch import NOTHING, join, split_translation, with_translation
 # What an assistant says instead of a transcript. Nothing that people say to each other: "I'm sorry, I
 # can't hear you" is speech.
 REFUSAL = re.compile(
-    r"\bas an ai\b|\b(unable to|not able to|cannot|can't) (process|transcribe|access|hear|provide)"
+    r"\bas an ai(, i\b| (language )?model\b)"
+    r"|\b(unable to|not able to|cannot|can't) (process|transcribe|access|hear|provide)"
     r" (this|the|any|a) (audio|speech|recording|sound|transcription)",
     re.IGNORECASE,
 )

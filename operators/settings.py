@@ -102,10 +102,14 @@ class AudioSettings(Settings):
         "mix", description="each: every channel is a transcript of its own, as in recorded calls"
     )
     language: str | None = Field(
-        None, description="as in English; None: the model is told that it is the original language"
+        None,
+        description="as in English, or a {variable} of the manifest; None: the model is told that it"
+        " is the original language",
     )
     translate_to: str | None = Field(
-        None, description="a language: transcribe first, then translate into it"
+        None,
+        pattern=r"^[^{}\n]+$",
+        description="a language: transcribe first, then translate into it",
     )
     digits: bool = Field(True, description="write 3, not three")
     vocabulary: tuple[str, ...] = Field(

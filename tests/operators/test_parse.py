@@ -162,6 +162,24 @@ def test_sound_that_ends_early_is_a_gap_as_well() -> None:
     assert "no sound from 9.0 s" in str(done["error_message"])
 
 
+def test_a_refusal_is_a_failure_of_speech_and_may_stand_in_a_picture() -> None:
+    refusal = "As an AI, I have no ears."
+    heard, seen = parsed(spoken(answer(refusal)), row(window_answers=[answer(refusal)]))
+    assert heard["error_code"] == "generate.refused"
+    assert (seen["status"], seen["text"]) == ("ok", refusal)
+
+
+def test_a_language_of_the_manifest_is_the_rows() -> None:
+    rows = [
+        spoken(answer("ja"), variables='{"lang": "German"}'),
+        spoken(answer("oui"), variables='{"lang": "French"}'),
+        row(track="mix", window_answers=[]),
+    ]
+    table = pa.Table.from_pylist(rows, schema=ANSWERS)
+    done = Parse("run-1", "transcribe", AudioSettings(language="{lang}"))(table)
+    assert done["language"].to_pylist() == ["German", "French", "{lang}"]
+
+
 def test_a_translation_stands_beside_what_was_said() -> None:
     table = pa.Table.from_pylist(
         [spoken(answer("guten Tag\nEnglish: good day"), answer("ja"))], schema=ANSWERS

@@ -88,6 +88,8 @@ def test_no_speech_is_doubted_where_somebody_was_heard_for_a_second() -> None:
     [
         ("I am unable to process this audio.", True),
         ("As an AI, I have no ears.", True),
+        ("As an AI language model I cannot listen.", True),
+        ("She has worked as an AI researcher for ten years.", False),
         ("I'm sorry, I can't hear you.", False),
         ("We were unable to process the order.", False),
         ("as an ai " * 40, False),
