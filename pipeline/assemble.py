@@ -23,7 +23,7 @@ from operators.stitch import join
 from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.config import Job
-from pipeline.parts import Part, parquet_bytes, part
+from pipeline.parts import Part, parquet_bytes, part, tables
 from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.subtitle_files import SUBTITLED, drop_subtitles, write_subtitles
@@ -180,10 +180,9 @@ def _write(
     schema: pa.Schema,
     values: dict[str, str],
 ) -> Iterator[Part]:
-    reader = db.sql(query, params=values).to_arrow_reader(ROWS_A_PART)
-    for place, batch in enumerate(reader):
-        table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
-        yield _put(store, f"{folder}/{run_id}-{place:06d}.parquet", table)
+    for place, table in enumerate(tables(db.sql(query, params=values), ROWS_A_PART)):
+        made = table.select(schema.names).cast(schema)
+        yield _put(store, f"{folder}/{run_id}-{place:06d}.parquet", made)
 
 
 def _put(store: Store, name: str, table: pa.Table) -> Part:

@@ -1,13 +1,20 @@
-"""Parquet parts: Arrow in, the bytes of one object and its entry in _SUCCESS out."""
+"""Parquet parts: a query's rows in tables of bounded size, a table's bytes, and its entry in _SUCCESS."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+# A part ends here, or with its number of rows: a recording of hours has 100 kB of text and times.
+PART_BYTES = 64 << 20
+# A batch of DuckDB's must not hold more than 2 GiB of text.
+ROWS_A_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,19 @@ class Part:
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def tables(query: duckdb.DuckDBPyRelation, most_rows: int) -> Iterator[pa.Table]:
+    """The rows of a query in their order, each table with `most_rows`, or just over PART_BYTES."""
+    held: list[pa.RecordBatch] = []
+    for batch in query.to_arrow_reader(ROWS_A_BATCH):
+        held.append(batch)
+        rows, size = sum(each.num_rows for each in held), sum(each.nbytes for each in held)
+        if rows >= most_rows or size >= PART_BYTES:
+            yield pa.Table.from_batches(held)
+            held = []
+    if held:
+        yield pa.Table.from_batches(held)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -28,7 +28,7 @@ from pipeline import ledger
 from pipeline.cluster import Connect
 from pipeline.config import Job
 from pipeline.divide import divide_files
-from pipeline.parts import parquet_bytes
+from pipeline.parts import parquet_bytes, tables
 from pipeline.source import Source
 from pipeline.store import Store
 
@@ -157,11 +157,11 @@ def write_plan(
 ) -> tuple[str, ...]:
     """Put the rows of table `spans` into the store; returns the parts' names, in order."""
     columns = ", ".join(PLAN.names)
-    reader = db.sql(f"SELECT {columns} FROM {spans} ORDER BY place").to_arrow_reader(ROWS_A_PART)
+    query = db.sql(f"SELECT {columns} FROM {spans} ORDER BY place")
     names: list[str] = []
-    for batch in reader:
+    for table in tables(query, ROWS_A_PART):
         name = f"{FOLDER}/{run_id}-{spans}-{len(names):06d}.parquet"
-        store.write(name, parquet_bytes(pa.Table.from_batches([batch]).cast(PLAN)))
+        store.write(name, parquet_bytes(table.cast(PLAN)))
         names.append(name)
     return tuple(names)
 

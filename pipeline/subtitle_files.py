@@ -25,6 +25,8 @@ from pipeline.store import Store
 
 FOLDER = "subtitles"
 ID_CHARS = 12
+# Of 255 that a file's name may have; the longest ending and a temporary name's take 64.
+STEM_BYTES = 160
 # A store takes some milliseconds for each object.
 THREADS = 16
 # The columns of results that they are made of, and that the JSON file holds.
@@ -49,7 +51,8 @@ def drop_subtitles(store: Store, assets: Set[str]) -> None:
 
 
 def _write(store: Store, row: dict[str, Any]) -> None:
-    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(row["uri"]).stem)[:80]
+    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(row["uri"]).stem)
+    stem = stem.encode()[:STEM_BYTES].decode(errors="ignore")
     name = f"{FOLDER}/{stem}-{row['asset_id'][:ID_CHARS]}"
     store.write(f"{name}.json", json.dumps(row, ensure_ascii=False, indent=1).encode())
     spoken = row["segments"]
