@@ -250,6 +250,11 @@ class LeasedStore(Store):
         self._hold()
         super().delete(names)
 
+    def held(self) -> Store:
+        """The same folder for writes that follow at once, from many threads: the lease is asked here."""
+        self._hold()
+        return Store(self._uri, self._options)
+
     def _hold(self) -> None:
         if self._lease.hold() and self._names() != self._seen:
             raise OutdatedError

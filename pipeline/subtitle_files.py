@@ -21,25 +21,28 @@ import pyarrow as pa
 
 from operators.stitch import Segment
 from operators.subtitles import chapters, cues, srt, webvtt
+from pipeline.lease import LeasedStore
 from pipeline.store import Store
 
 FOLDER = "subtitles"
 ID_CHARS = 12
 # Of 255 that a file's name may have; the longest ending and a temporary name's take 64.
 STEM_BYTES = 160
-# A store takes some milliseconds for each object.
-THREADS = 16
+# A store takes some milliseconds for each object. The lease, which is one more, is asked for so many
+# assets at once: some seconds.
+THREADS, ASSETS_A_LEASE = 16, 256
 # The columns of results that they are made of, and that the JSON file holds.
 SUBTITLED = ["asset_id", "uri", "source_id", "modality", "status", "language", "duration_s"]
 SUBTITLED += ["text", "segments", "transcript", "transcript_segments"]
 
 
-def write_subtitles(store: Store, results: pa.Table) -> None:
+def write_subtitles(store: LeasedStore, results: pa.Table) -> None:
     """The files of every asset that says or shows something."""
-    rows = [row for row in results.to_pylist() if row["segments"] or row["transcript_segments"]]
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(partial(_write, store), rows):
-            pass
+        for batch in results.to_batches(ASSETS_A_LEASE):
+            rows = [r for r in batch.to_pylist() if r["segments"] or r["transcript_segments"]]
+            for _ in pool.map(partial(_write, store.held()), rows):
+                pass
 
 
 def drop_subtitles(store: Store, assets: Set[str]) -> None:

@@ -130,6 +130,8 @@ def test_a_run_whose_lease_was_taken_is_stopped_and_writes_no_more(make: Make, p
                 LeasedStore(*place, lease).write("_SUCCESS", b"second")
             with pytest.raises(LeaseError):
                 LeasedStore(*place, lease).delete(["_SUCCESS"])
+            with pytest.raises(LeaseError):
+                LeasedStore(*place, lease).held()
 
     with pytest.raises(LeaseError, match="run other on elsewhere has taken over"):
         loses()
