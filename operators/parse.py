@@ -53,7 +53,8 @@ class Parse:
         fields = {"status": "failed", **row, **fields}
         return {
             **{name: fields.get(name) for name in LEDGER.names},
-            "sealed": sealed(fields["error_code"], row["version"]),
+            "sealed": sealed(fields["error_code"]),
+            "has_text": bool(fields.get("text")),
             "run_id": self._run_id,
             "finished_at": datetime.now(UTC),
         }
@@ -158,10 +159,8 @@ def with_gaps(
     return {"status": "failed", **failure(MediaError(first.code, "; ".join(messages)))}
 
 
-def sealed(code: str | None, version: str | None) -> bool:
+def sealed(code: str | None) -> bool:
     """Whether this is the last word on a span, so that the next run leaves it alone."""
-    if code == "fetch.not_found" and version:
-        return True  # if it comes back, it does so with another version, as another asset
     return code is None or not FAILURES[code].transient
 
 

@@ -150,6 +150,8 @@ LEDGER = pa.schema(
             and field.name != "variables"
         ],
         *ANSWER_FIELDS,
+        # a failed span may keep a part of its text
+        ("has_text", pa.bool_()),
         # false: failed for a reason that may pass; the next run asks again
         ("sealed", pa.bool_()),
         ("run_id", pa.string()),

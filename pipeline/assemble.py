@@ -8,7 +8,7 @@ _SUCCESS sees one state or the next, never a mixture.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -23,7 +23,8 @@ from operators.stitch import join
 from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.config import Job
-from pipeline.parts import Part, parquet_bytes, part, tables
+from pipeline.lease import LeasedStore
+from pipeline.parts import Part, batches, parquet_bytes, part, tables
 from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.subtitle_files import SUBTITLED, drop_subtitles, write_subtitles
@@ -61,11 +62,11 @@ def read_marker(store: Store) -> dict[str, Any] | None:
 def reconcile(db: duckdb.DuckDBPyConnection) -> None:
     """Every planned span must be in the ledger. Raises LostSpansError with the first ones missing."""
     missing = db.execute(
-        "SELECT span_id, uri FROM todo ANTI JOIN ledger USING (span_id) ORDER BY place LIMIT 5"
+        "SELECT span_id, uri FROM todo ANTI JOIN states USING (span_id) ORDER BY place LIMIT 5"
     ).fetchall()
     if missing:
         (total,) = db.execute(
-            "SELECT count(*) FROM todo ANTI JOIN ledger USING (span_id)"
+            "SELECT count(*) FROM todo ANTI JOIN states USING (span_id)"
         ).fetchall()[0]
         rows = ", ".join(f"{span_id} ({uri})" for span_id, uri in missing)
         raise LostSpansError(
@@ -77,27 +78,36 @@ def reconcile(db: duckdb.DuckDBPyConnection) -> None:
 def assemble(
     job: Job,
     db: duckdb.DuckDBPyConnection,
-    store: Store,
+    store: LeasedStore,
     plan: Plan,
 ) -> Assembly:
     """Bring results and failures up to date with the ledger. Writes parts, not the marker."""
     marker = read_marker(store)
-    base = [Part(**entry) for entry in marker["files"]] if marker else []
+    listed = [Part(**entry) for entry in marker["files"]] if marker else []
     runs = list(marker["runs"]) if marker else []
+    there = {*store.names(RESULTS_FOLDER), *store.names(FAILURES_FOLDER)}
+    # A part that is gone is made again: its assets are in no base.
+    base = [item for item in listed if item.name in there]
+    lost = any(item.name.startswith(FAILURES_FOLDER) for item in listed if item not in base)
     _load_base(db, store, base)
     db.create_function("joined", _joined, ["VARCHAR[]", "VARCHAR[]"], "VARCHAR")
     db.create_function("merged", _merged, ["VARCHAR[]"], "VARCHAR")
     db.execute(
+        # The newest of an asset's runs stands in its row. A run that was assembled while this asset was
+        # not listed (limits.max_assets, another input) is in `runs`, and yet new to it.
         """CREATE OR REPLACE TABLE touched AS
-        SELECT asset_id, min(place) AS place FROM found JOIN ledger USING (asset_id)
-        WHERE NOT list_contains($runs, run_id) OR asset_id NOT IN (SELECT asset_id FROM base)
-        GROUP BY asset_id""",
-        {"runs": runs},
+        SELECT asset_id, min(place) AS place
+        FROM found JOIN ledger USING (asset_id) LEFT JOIN base USING (asset_id)
+        GROUP BY asset_id
+        HAVING bool_or(NOT list_contains($runs, ledger.run_id))
+            OR max(ledger.run_id) IS DISTINCT FROM any_value(base.run_id)
+            OR ($lost AND any_value(base.status) IN ('failed', 'partial'))""",
+        {"runs": runs, "lost": lost},
     )
     # Rows that leave: replaced now, or an older version of a file that is listed with another one.
     db.execute(
         """CREATE OR REPLACE TABLE leaving AS
-        SELECT asset_id FROM base SEMI JOIN touched USING (asset_id)
+        SELECT asset_id FROM touched
         UNION
         SELECT base.asset_id FROM base
         JOIN found ON base.uri = found.uri AND base.source_id IS NOT DISTINCT FROM found.source_id
@@ -109,24 +119,29 @@ def assemble(
         "revision": job.model.revision,
         "prompt": job.prompt_name,
     }
-    made = [*_write(db, store, RESULTS_FOLDER, plan.run_id, _results_query(), RESULTS, values)]
+    slices = list(
+        ledger.bring(db, "SELECT ledger.*, place FROM ledger JOIN touched USING (asset_id)")
+    )
+    results = (batch for rows in slices for batch in batches(db.sql(_results(rows), params=values)))
+    made = [*_write(store, RESULTS_FOLDER, plan.run_id, results, RESULTS)]
     parts += made
     if job.modality != "image" and job.output.subtitles:
-        leaving = {asset_id for (asset_id,) in db.sql("SELECT asset_id FROM leaving").fetchall()}
-        drop_subtitles(store, leaving)
+        gone = db.sql("SELECT asset_id FROM leaving SEMI JOIN base USING (asset_id)").fetchall()
+        drop_subtitles(store, {asset_id for (asset_id,) in gone})
         for item in made:
             write_subtitles(store, read_part(store, item.name, SUBTITLED))
-    parts += _write(db, store, FAILURES_FOLDER, plan.run_id, _failures_query(), FAILED, {})
+    failures = (batch for rows in slices for batch in batches(db.sql(_failures(rows))))
+    parts += _write(store, FAILURES_FOLDER, plan.run_id, failures, FAILED)
     return Assembly(
         parts=tuple(parts),
         accounts=_accounts(db, store, plan, parts),
         runs=tuple(dict.fromkeys([*runs, *_new_runs(db)])),
-        changed=marker is None or parts != base,
+        changed=marker is None or parts != listed,
     )
 
 
 def write_marker(store: Store, run_id: str, assembly: Assembly) -> None:
-    """Publish an assembly: the marker, then away with the parts it no longer lists."""
+    """Publish an assembly."""
     marker = {
         "run_id": run_id,
         "runs": assembly.runs,
@@ -134,20 +149,26 @@ def write_marker(store: Store, run_id: str, assembly: Assembly) -> None:
         "files": [item.json() for item in assembly.parts],
     }
     store.write(MARKER, json.dumps(marker, indent=1).encode())
+
+
+def drop_replaced(store: Store, assembly: Assembly) -> None:
+    """Away with the parts that the marker no longer lists."""
     listed = {item.name for item in assembly.parts}
-    for folder in (RESULTS_FOLDER, FAILURES_FOLDER):
-        store.delete([name for name in store.names(folder) if name not in listed])
+    names = [*store.names(RESULTS_FOLDER), *store.names(FAILURES_FOLDER)]
+    if left := [name for name in names if name not in listed]:
+        store.delete(left)
 
 
 def _load_base(db: duckdb.DuckDBPyConnection, store: Store, base: list[Part]) -> None:
     db.execute(
-        "CREATE OR REPLACE TABLE base (asset_id VARCHAR, uri VARCHAR, source_id VARCHAR, name VARCHAR)"
+        """CREATE OR REPLACE TABLE base
+        (asset_id VARCHAR, uri VARCHAR, source_id VARCHAR, status VARCHAR, run_id VARCHAR)"""
     )
     for item in base:
         if item.name.startswith(RESULTS_FOLDER):
-            rows = read_part(store, item.name, ["asset_id", "uri", "source_id"])
-            db.register("batch", rows)
-            db.execute("INSERT INTO base SELECT *, $name FROM batch", {"name": item.name})
+            names = ["asset_id", "uri", "source_id", "status", "run_id"]
+            db.register("batch", read_part(store, item.name, names))
+            db.execute("INSERT INTO base SELECT * FROM batch")
 
 
 def _carry_over(
@@ -172,15 +193,13 @@ def _carry_over(
 
 
 def _write(
-    db: duckdb.DuckDBPyConnection,
     store: Store,
     folder: str,
     run_id: str,
-    query: str,
+    batches: Iterable[pa.RecordBatch],
     schema: pa.Schema,
-    values: dict[str, str],
 ) -> Iterator[Part]:
-    for place, table in enumerate(tables(db.sql(query, params=values), ROWS_A_PART)):
+    for place, table in enumerate(tables(batches, ROWS_A_PART)):
         made = table.select(schema.names).cast(schema)
         yield _put(store, f"{folder}/{run_id}-{place:06d}.parquet", made)
 
@@ -211,8 +230,8 @@ def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.T
     return pq.read_table(f"{root}/{name}", columns=columns, filesystem=filesystem)
 
 
-def _results_query() -> str:
-    """One row an asset of `touched`, from the one state of each of its spans."""
+def _results(rows: str) -> str:
+    """One row an asset, from the one state of each of its spans."""
     return f"""
     SELECT asset_id, any_value(uri) AS uri, any_value(source_id) AS source_id,
         any_value(version) AS version, any_value(modality) AS modality,
@@ -240,7 +259,7 @@ def _results_query() -> str:
         string_agg(error_message, '; ' ORDER BY span_index) AS error_message,
         max(attempts) AS attempts, max(run_id) AS run_id
     FROM (SELECT *, {HEARD} AS heard, modality != 'video' OR track = '{FRAMES}' AS told
-          FROM {ledger.spans_of("touched")}) JOIN touched USING (asset_id)
+          FROM {rows})
     GROUP BY asset_id ORDER BY min(place)"""
 
 
@@ -250,10 +269,9 @@ def _text(which: str) -> str:
                     list(track ORDER BY span_index) FILTER ({which} AND text IS NOT NULL))"""
 
 
-def _failures_query() -> str:
+def _failures(rows: str) -> str:
     return f"""
-    SELECT {", ".join(FAILED.names)} FROM {ledger.spans_of("touched")}
-    JOIN (SELECT asset_id, place FROM touched) USING (asset_id)
+    SELECT {", ".join(FAILED.names)} FROM {rows}
     WHERE status = 'failed' ORDER BY place, span_index"""
 
 
@@ -274,13 +292,19 @@ def _accounts(
             db.execute("INSERT INTO stated SELECT * FROM batch")
     assets = _by_status(db, "stated SEMI JOIN found USING (asset_id)")
     spans = _by_status(db, "ledger SEMI JOIN found USING (asset_id)")
-    if sum(assets.values()) != plan.assets or sum(spans.values()) != plan.spans:
+    # Not the plan's own count: where a file could not be probed again, its former division stands.
+    (planned,) = db.execute(
+        """SELECT coalesce(sum(span_count), 0)::BIGINT FROM (
+            SELECT DISTINCT asset_id, span_count FROM ledger SEMI JOIN found USING (asset_id)
+        )"""
+    ).fetchall()[0]
+    if sum(assets.values()) != plan.assets or sum(spans.values()) != planned:
         raise LostSpansError(
             f"the accounts do not close: {plan.assets} assets found, {assets} in results;"
-            f" {plan.spans} spans planned, {spans} in the ledger"
+            f" {planned} spans planned, {spans} in the ledger"
         )
     failures = db.execute(
-        f"""SELECT error_code, count(*) FROM {ledger.spans_of("found")}
+        """SELECT error_code, count(*) FROM ledger SEMI JOIN found USING (asset_id)
         WHERE status = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1"""
     ).fetchall()
     (rows,) = db.execute("SELECT count(*) FROM stated").fetchall()[0]
@@ -290,10 +314,10 @@ def _accounts(
             "found": plan.assets,
             **{state: assets.get(state, 0) for state in ("ok", "empty", "partial", "failed")},
         },
-        "spans": {"planned": plan.spans, **{state: spans.get(state, 0) for state in states}},
+        "spans": {"planned": planned, **{state: spans.get(state, 0) for state in states}},
         "failures_by_code": dict(failures),
         "done_now": plan.spans_todo,
-        "done_before": plan.spans - plan.spans_todo,
+        "done_before": max(0, planned - plan.spans_todo),
         "duplicates": plan.duplicates,
         "skipped": plan.skipped,
         # rows of assets that earlier runs found and this one did not list are kept

@@ -8,7 +8,7 @@ A part's name comes from run, pass and task, so a write task that is retried rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import duckdb
@@ -24,23 +24,27 @@ from pipeline.store import Store
 FOLDER = "ledger"
 
 # A span that came twice (a node was lost after the commit, or a failure was asked again) counts once:
-# the better state, then the newer.
-ONE_STATE = """
-    QUALIFY row_number() OVER (
-        PARTITION BY span_id
-        ORDER BY CASE status WHEN 'ok' THEN 0 WHEN 'empty' THEN 1 ELSE 2 END, finished_at DESC
-    ) = 1
+# the better state, a failure that kept a part of its text before one that did not, then the newer.
+BETTER = "CASE status WHEN 'ok' THEN 0 WHEN 'empty' THEN 1 ELSE 2 END, has_text DESC"
+ONE_STATE = f"""
+    QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY {BETTER}, finished_at DESC) = 1
 """
 
 # How an asset is divided into spans may change between runs (audio.span_s is no part of the question).
-# Its id holds the division, and of several divisions the one that is whole counts, then the newer.
+# Its id holds the division, and of several divisions the one that is whole counts, then one of which
+# a span is done (a file that cannot be probed is one failed span), then the newer.
 ONE_DIVISION = """
     SELECT asset_id, division FROM states GROUP BY asset_id, division, span_count
     QUALIFY row_number() OVER (
         PARTITION BY asset_id
-        ORDER BY count(*) = span_count DESC, max(finished_at) DESC
+        ORDER BY count(*) = span_count DESC, bool_or(status != 'failed' OR has_text) DESC,
+            max(finished_at) DESC
     ) = 1
 """
+
+# Text that is worked on at a time, and what a row has of it: its segments say the same again.
+SLICE_BYTES = 64 << 20
+ROW_BYTES = "500 + 2 * coalesce(strlen(text), 0) + coalesce(strlen(structured), 0)"
 
 SUMS = ("fetch_s", "decode_s", "prepare_s", "generate_s")
 TOKENS = ("prompt_tokens", "media_tokens", "output_tokens")
@@ -92,7 +96,7 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     """(Re)make `states` and `ledger`: span ids and states of everything committed so far.
 
     `states` has every span once, `ledger` only those of each asset's one division. Texts stay in the
-    store; assembly reads them through `spans_of`.
+    store; `bring` fetches those that are wanted.
     """
     names = store.names(FOLDER, ".parquet")
     filesystem, root = store.arrow()
@@ -109,7 +113,8 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     db.register("ledger_parts", parts)
     db.execute(
         f"""CREATE OR REPLACE TABLE states AS
-        SELECT span_id, asset_id, division, span_count, track, status, sealed, run_id, finished_at
+        SELECT span_id, asset_id, division, span_count, track, status, has_text, error_code,
+            sealed, run_id, finished_at
         FROM ledger_parts {ONE_STATE}"""
     )
     db.execute(
@@ -125,9 +130,23 @@ def segments_of(which: str) -> str:
                                FILTER ({which} AND segments IS NOT NULL)))"""
 
 
-def spans_of(assets: str) -> str:
-    """A query of the whole ledger rows, one a span, of the assets in table `assets`."""
-    return f"""(
-        SELECT * FROM ledger_parts SEMI JOIN {assets} USING (asset_id)
-        SEMI JOIN (SELECT span_id FROM ledger) USING (span_id) {ONE_STATE}
-    )"""
+def bring(db: duckdb.DuckDBPyConnection, spans: str) -> Iterator[str]:
+    """Fetch whole ledger rows to the driver's disk; yields queries of them, a slice each, by `place`.
+
+    `spans` is a query of rows of `states`, with the `place` of their asset. A slice has whole assets
+    and some SLICE_BYTES of text: DuckDB's aggregates into lists hold all of it, and don't spill.
+    """
+    db.execute(
+        f"""CREATE OR REPLACE TABLE brought AS
+        SELECT * FROM ledger_parts
+        JOIN (SELECT span_id, run_id, finished_at, place FROM ({spans}))
+        USING (span_id, run_id, finished_at)"""
+    )
+    slices = db.execute(
+        f"""SELECT min(place), max(place) FROM (
+            SELECT place, sum(bytes) OVER (ORDER BY place) // {SLICE_BYTES} AS slice
+            FROM (SELECT place, sum({ROW_BYTES}) AS bytes FROM brought GROUP BY place)
+        ) GROUP BY slice ORDER BY slice"""
+    ).fetchall()
+    for first, last in slices:
+        yield f"(SELECT * FROM brought WHERE place BETWEEN {first} AND {last} {ONE_STATE})"

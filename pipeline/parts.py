@@ -1,9 +1,9 @@
-"""Parquet parts: a query's rows in tables of bounded size, a table's bytes, and its entry in _SUCCESS."""
+"""Parquet parts: rows in tables of bounded size, a table's bytes, and its entry in _SUCCESS."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,15 +30,22 @@ class Part:
         return asdict(self)
 
 
-def tables(query: duckdb.DuckDBPyRelation, most_rows: int) -> Iterator[pa.Table]:
-    """The rows of a query in their order, each table with `most_rows`, or just over PART_BYTES."""
+def batches(query: duckdb.DuckDBPyRelation) -> Iterator[pa.RecordBatch]:
+    """The rows of a query in their order, in batches of ROWS_A_BATCH."""
+    yield from query.to_arrow_reader(ROWS_A_BATCH)
+
+
+def tables(batches: Iterable[pa.RecordBatch], most_rows: int) -> Iterator[pa.Table]:
+    """Batches put together, each table with `most_rows`, or just over PART_BYTES, or the rest."""
     held: list[pa.RecordBatch] = []
-    for batch in query.to_arrow_reader(ROWS_A_BATCH):
+    rows = size = 0
+    for batch in batches:
         held.append(batch)
-        rows, size = sum(each.num_rows for each in held), sum(each.nbytes for each in held)
+        rows += batch.num_rows
+        size += batch.nbytes
         if rows >= most_rows or size >= PART_BYTES:
             yield pa.Table.from_batches(held)
-            held = []
+            held, rows, size = [], 0, 0
     if held:
         yield pa.Table.from_batches(held)
 

@@ -12,6 +12,7 @@ the spans to do go to OUTPUT/<fingerprint>/plan as Parquet, from where every wor
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,14 +29,15 @@ from pipeline import ledger
 from pipeline.cluster import Connect
 from pipeline.config import Job
 from pipeline.divide import divide_files
-from pipeline.parts import parquet_bytes, tables
+from pipeline.parts import batches, parquet_bytes, tables
 from pipeline.source import Source
 from pipeline.store import Store
 
 FOLDER = "plan"
 ROWS_A_PART = 16_384
 MEDIA = "media"
-MEMORY_LIMIT = "2GB"
+# Each of DuckDB's threads holds some of it: with 8 it fails where 4 are enough.
+MEMORY_LIMIT, MOST_THREADS = "2GB", 4
 
 # Extensions that a prefix without input.include takes, by modality.
 EXTENSIONS = {
@@ -88,6 +90,7 @@ def scratch() -> Iterator[duckdb.DuckDBPyConnection]:
             db.execute(f"SET temp_directory = '{folder}/spill'")
             # Without it DuckDB takes 80 % of a machine that the engine and Ray need as well.
             db.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+            db.execute(f"SET threads = {min(MOST_THREADS, os.cpu_count() or 1)}")
             db.execute("SET preserve_insertion_order = false")
             db.execute("SET TimeZone = 'UTC'")
             yield db
@@ -110,9 +113,15 @@ def make_plan(
     listed, skipped = _list(job, db, progress)
     assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")
     ledger.load(db, store)
+    # A summary is told again with what it is about; the run that did that may not have come to it.
     db.execute(
-        """CREATE TABLE sealed AS SELECT span_id, asset_id, division, span_count FROM states
-        WHERE sealed AND NOT (status = 'failed' AND $retry_failed)""",
+        f"""CREATE TABLE sealed AS SELECT span_id, asset_id, division, span_count FROM states
+        WHERE sealed AND NOT (status = 'failed' AND $retry_failed) AND NOT (
+            track = '{SUMMARY}' AND run_id < (
+                SELECT max(run_id) FROM states AS about
+                WHERE about.asset_id = states.asset_id AND about.division = states.division
+            )
+        )""",
         {"retry_failed": job.limits.retry_failed},
     )
     db.execute(
@@ -129,7 +138,7 @@ def make_plan(
         FROM unfinished JOIN divided USING (asset_id)"""
     )
     db.execute("CREATE TABLE todo AS SELECT * FROM spans ANTI JOIN sealed USING (span_id)")
-    # a summary is told again with what it is about
+    # of those done now as well
     db.execute(
         f"""INSERT INTO todo SELECT * FROM spans SEMI JOIN todo USING (asset_id)
         WHERE track = '{SUMMARY}' AND span_id IN (SELECT span_id FROM sealed)"""
@@ -159,7 +168,7 @@ def write_plan(
     columns = ", ".join(PLAN.names)
     query = db.sql(f"SELECT {columns} FROM {spans} ORDER BY place")
     names: list[str] = []
-    for table in tables(query, ROWS_A_PART):
+    for table in tables(batches(query), ROWS_A_PART):
         name = f"{FOLDER}/{run_id}-{spans}-{len(names):06d}.parquet"
         store.write(name, parquet_bytes(table.cast(PLAN)))
         names.append(name)

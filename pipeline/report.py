@@ -41,9 +41,14 @@ def write_run(
 
 
 def write_latest(output: Store, job: Job, run_id: str) -> None:
-    """latest.json points at the newest finished fingerprint."""
-    content = {"fingerprint": job.fingerprint, "run_id": run_id}
-    output.write("latest.json", json.dumps(content, indent=1).encode())
+    """latest.json points at the newest finished fingerprint: this one, unless a later run wrote it."""
+    try:
+        latest = json.loads(output.read("latest.json"))
+    except FileNotFoundError:
+        latest = {"run_id": ""}
+    if latest["run_id"] < run_id:  # they sort by time
+        content = {"fingerprint": job.fingerprint, "run_id": run_id}
+        output.write("latest.json", json.dumps(content, indent=1).encode())
 
 
 def write_report(

@@ -28,7 +28,15 @@ from operators.prompts import Prompts, load_prompts
 from operators.requests import TextEngine
 from operators.stores import redact
 from pipeline import ledger
-from pipeline.assemble import RESULTS_FOLDER, Assembly, assemble, reconcile, write_marker
+from pipeline.assemble import (
+    RESULTS_FOLDER,
+    Assembly,
+    assemble,
+    drop_replaced,
+    read_marker,
+    reconcile,
+    write_marker,
+)
 from pipeline.cluster import BrokenRunError, Connect, Say, await_nodes, cluster, cluster_nodes
 from pipeline.compute import compute
 from pipeline.config import Job
@@ -41,6 +49,7 @@ from pipeline.graph import (
     way,
 )
 from pipeline.lease import Lease, LeasedStore, OutdatedError
+from pipeline.plan import FOLDER as PLAN_FOLDER
 from pipeline.plan import MEDIA, Plan, make_plan, scratch, write_plan
 from pipeline.progress import Progress, Reporter, listing, open_tally, shown
 from pipeline.report import write_latest, write_report, write_run
@@ -115,6 +124,7 @@ def _attempt(
         seconds = time.monotonic() - started
         if assembly.changed:
             _publish(job, leased, db, run_id, assembly, reading, seconds)
+        _end(job, leased, assembly)
         return Finished(folder, assembly.accounts, bool(plan.spans_todo), seconds)
 
 
@@ -194,8 +204,15 @@ def _publish(
     write_run(folder, job, run_id, "finished", versions(), assembly.accounts)
     write_report(folder, job, db, run_id, assembly, reading, seconds)
     write_marker(folder, run_id, assembly)
-    write_latest(Store(job.output.uri, job.output.storage_options), job, run_id)
-    folder.delete(folder.names("plan"))
+
+
+def _end(job: Job, folder: LeasedStore, assembly: Assembly) -> None:
+    """What follows the marker, and is left to the next run by one that was killed there."""
+    drop_replaced(folder, assembly)
+    if (marker := read_marker(folder)) is not None:
+        write_latest(Store(job.output.uri, job.output.storage_options), job, marker["run_id"])
+    if plan := folder.names(PLAN_FOLDER):
+        folder.delete(plan)
 
 
 def folder_store(job: Job) -> Store:

@@ -19,19 +19,21 @@ def tell(db: duckdb.DuckDBPyConnection) -> None:
     That is a JSON object: captions and transcript, lists of segments or null; failed, the code of a
     span that gave neither, or null.
     """
-    db.execute(
-        f"""CREATE OR REPLACE TABLE {SUMMARIES} AS
-        SELECT asked.* REPLACE (told AS variables)
-        FROM (SELECT * FROM todo WHERE track = '{SUMMARY}') AS asked LEFT JOIN (
-            SELECT asset_id, to_json({{
+    db.execute("CREATE OR REPLACE TABLE told (asset_id VARCHAR, told VARCHAR)")
+    media = f"""SELECT states.*, place FROM states
+        JOIN (SELECT asset_id, division, place FROM todo WHERE track = '{SUMMARY}')
+        USING (asset_id, division) WHERE track != '{SUMMARY}'"""
+    for rows in ledger.bring(db, media):
+        db.execute(
+            f"""INSERT INTO told SELECT asset_id, to_json({{
                 'captions': {ledger.segments_of(f"track = '{FRAMES}'")},
                 'transcript': {ledger.segments_of(f"track != '{FRAMES}'")},
                 'failed': any_value(error_code)
-            }})::VARCHAR AS told
-            FROM (
-                SELECT * FROM ledger_parts
-                SEMI JOIN (SELECT asset_id, division FROM todo WHERE track = '{SUMMARY}')
-                USING (asset_id, division) {ledger.ONE_STATE}
-            ) WHERE track != '{SUMMARY}' GROUP BY asset_id
-        ) USING (asset_id)"""
+            }})::VARCHAR FROM {rows} GROUP BY asset_id"""
+        )
+    db.execute(
+        f"""CREATE OR REPLACE TABLE {SUMMARIES} AS
+        SELECT asked.* REPLACE (told AS variables)
+        FROM (SELECT * FROM todo WHERE track = '{SUMMARY}') AS asked
+        LEFT JOIN told USING (asset_id)"""
     )

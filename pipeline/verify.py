@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.schema import FAILED, RESULTS
@@ -80,7 +82,11 @@ def _accounts(folder: Store, accounts: dict[str, Any], seen: Counter[str]) -> It
     if len(seen) != accounts["result_rows"]:
         yield f"results have {len(seen)} assets, {MARKER} says {accounts['result_rows']}"
     with scratch() as db:
-        ledger.load(db, folder)
+        try:
+            ledger.load(db, folder)
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            yield f"the ledger cannot be read: {error}"
+            return
         known = {asset_id for (asset_id,) in db.execute("SELECT asset_id FROM ledger").fetchall()}
     if strange := seen.keys() - known:
         yield f"{len(strange)} results have no span in the ledger, for example {min(strange)}"

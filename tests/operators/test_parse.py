@@ -71,10 +71,10 @@ def test_a_row_that_failed_before_keeps_its_code_and_only_a_passing_fault_stays_
     assert (busy["status"], busy["sealed"]) == ("failed", False)
 
 
-def test_a_missing_file_is_asked_again_only_where_its_return_would_not_show() -> None:
+def test_a_missing_file_is_asked_again_since_it_may_come_back_as_it_was() -> None:
     error = {"error_code": "fetch.not_found", "error_stage": "fetch", "error_message": "gone"}
-    listed, unversioned = parsed(row(**error, version="etag"), row(**error, version=""))
-    assert (listed["sealed"], unversioned["sealed"]) == (True, False)
+    (gone,) = parsed(row(**error, version="etag"))
+    assert (gone["sealed"], gone["has_text"]) == (False, False)
 
 
 def test_tags_are_structured() -> None:

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline import parts
-from pipeline.parts import tables
+from pipeline.parts import batches, tables
 
 
 def of(query: str, most_rows: int) -> list[pa.Table]:
-    return list(tables(duckdb.connect().sql(query), most_rows))
+    return list(tables(batches(duckdb.connect().sql(query)), most_rows))
 
 
 def test_a_table_ends_with_its_rows() -> None:
@@ -29,9 +29,8 @@ def test_a_table_ends_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_many_gigabytes_are_read() -> None:
     """65536 rows of 40 kB are more than one batch of text may hold."""
-    made = tables(
-        duckdb.connect().sql("SELECT repeat('x', 40000) AS text FROM range(65536)"), 65_536
-    )
+    query = duckdb.connect().sql("SELECT repeat('x', 40000) AS text FROM range(65536)")
+    made = tables(batches(query), 65_536)
     rows, most = 0, 0
     for table in made:
         rows, most = rows + table.num_rows, max(most, table.nbytes)
