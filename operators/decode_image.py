@@ -18,12 +18,17 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import AvifImagePlugin, Image, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from PIL.ExifTags import Base
 
 from operators.errors import MediaError
@@ -97,12 +102,15 @@ def decode_image(data: bytes, settings: ImageSettings) -> Picture:
     """
     try:
         with _quiet(), _open(data, settings.max_pixels) as image:
-            width, height = _upright_size(image)
+            stored = image.size  # a scaled decode makes it less
             if settings.scaled_decode and image.format in ("JPEG", "MPO"):
-                _draft(image, target_size(height, width, settings.max_soft_tokens))
+                _draft(image, settings.max_soft_tokens)
             if image.format == "PNG":
                 _check_png(data)
-            _load(image)
+            with _damage(image.format):
+                image.load()
+            # Only now: the orientation of a PNG may stand behind its pixels.
+            width, height = _upright_size(image, stored)
             pixels = _rgb(_upright(image), settings.background)
     except MemoryError as error:
         raise MediaError(
@@ -117,7 +125,18 @@ def probe_image(data: bytes, settings: ImageSettings) -> tuple[int, int]:
     Raises MediaError decode.empty, .unsupported, .corrupt, .too_large.
     """
     with _quiet(), _open(data, settings.max_pixels) as image:
-        return _upright_size(image)
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            _read_behind_pixels(image)
+        return _upright_size(image, image.size)
+
+
+@contextmanager
+def _damage(what: str | None) -> Iterator[None]:
+    """What Pillow raises inside is the file's fault."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise MediaError("decode.corrupt", f"{what}: {_said(error)}") from error
 
 
 @contextmanager
@@ -138,6 +157,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = None
     # Ray gives a task one CPU; the plugin would start a thread for each core of the node.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    # 64 MiB for one text or colour profile of a PNG, as for all texts together: Pillow's 1 MiB
+    # refuses diagrams that carry their own source.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
         image = Image.open(io.BytesIO(data), formats=[format])
     except UnidentifiedImageError as error:
@@ -173,36 +195,51 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        orientation = image.getexif().get(Base.Orientation, 1)
+        # The method of PNG would load the picture, and leave out that its pixels are damaged.
+        orientation = Image.Image.getexif(image).get(Base.Orientation, 1)
     except DAMAGE:
         # damaged metadata: viewers show the picture all the same
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
+def _upright_size(image: Image.Image, stored: tuple[int, int]) -> tuple[int, int]:
+    width, height = stored
     return (height, width) if _orientation(image) in SWAPS_SIDES else (width, height)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     method = UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    with _damage(image.format):
+        return image.transpose(method)
 
 
-def _draft(image: Image.Image, target: tuple[int, int]) -> None:
-    """Let libjpeg decode at 1/2, 1/4 or 1/8: the smallest that is not below `target` (h, w)."""
-    height, width = target
+def _draft(image: Image.Image, max_soft_tokens: int) -> None:
+    """Let libjpeg decode at 1/2, 1/4 or 1/8: the smallest that is not below the grid's size."""
+    width, height = _upright_size(image, image.size)
+    height, width = target_size(height, width, max_soft_tokens)
     if _orientation(image) in SWAPS_SIDES:
         height, width = width, height
     image.draft(None, (width, height))
 
 
-def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except DAMAGE as error:
-        raise MediaError("decode.corrupt", f"{image.format}: {_said(error)}") from error
+def _read_behind_pixels(image: PngImagePlugin.PngImageFile) -> None:
+    """A PNG's metadata from the first pixels on, which Pillow reads only when it has decoded them."""
+    stream = image.png
+    assert stream  # noqa: S101
+    assert stream.fp  # noqa: S101
+    # A head of a file ends early, and what is damaged says nothing.
+    with suppress(*DAMAGE):
+        stream.fp.seek(image.tile[0].offset - 8)
+        while True:
+            name, at, length = stream.read()
+            if name in (b"IEND", b"fcTL"):  # where Pillow, too, is done with the first picture
+                break
+            if name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                stream.call(name, at, length)
+            stream.fp.seek(at + length + 4)
 
 
 def _check_png(data: bytes) -> None:
@@ -216,6 +253,8 @@ def _check_png(data: bytes) -> None:
             (crc,) = struct.unpack_from(">I", data, end)
             if zlib.crc32(view[at + 4 : end]) != crc:
                 raise MediaError("decode.corrupt", f"PNG: wrong checksum in {name!r} at byte {at}")
+        if name == b"IEND":
+            return  # what follows is not the picture's
         at = end + 4
 
 
@@ -228,20 +267,19 @@ def _rgb(image: Image.Image, background: str) -> npt.NDArray[np.uint8]:
         return _grey((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         return _grey(_grey_of_range(np.asarray(image)))
-    if image.mode == "La":
-        image = _convert(image, "LA")  # the only way from there
-    if image.has_transparency_data:
-        image = _opaque(_convert(image, "RGBA"), background)
-    return _array(_convert(image, "RGB"))
+    if image.mode == "P" and image.palette is None:
+        raise MediaError("decode.corrupt", "PNG: colours by number, and no palette")
+    with _damage(image.mode):
+        if image.mode == "La":
+            image = image.convert("LA")  # the only way from there
+        if image.has_transparency_data:
+            image = _opaque(_convert(image, "RGBA"), background)
+        image = _convert(image, "RGB")
+    return _array(image)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode:
-        return image
-    try:
-        return image.convert(mode)
-    except DAMAGE as error:  # a palette or a transparent colour that the pixels contradict
-        raise MediaError("decode.corrupt", f"{image.mode}: {_said(error)}") from error
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _opaque(image: Image.Image, background: str) -> Image.Image:
@@ -281,5 +319,7 @@ def _array(image: Image.Image) -> npt.NDArray[np.uint8]:
     step = max(1, BAND_PIXELS // width)
     for top in range(0, height, step):
         bottom = min(height, top + step)
-        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+        with _damage(image.mode):
+            band = np.asarray(image.crop((0, top, width, bottom)))
+        pixels[top:bottom] = band
     return pixels

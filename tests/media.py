@@ -44,19 +44,29 @@ def animated(format: str) -> bytes:
     return encode(red, format, save_all=True, append_images=[blue], duration=100)
 
 
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these chunks (name, body), each with its right checksum."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    """(name, body) of each chunk, the pixels as one."""
+    chunks: dict[bytes, bytes] = {}
+    at = 8
+    while at < len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        chunks[name] = chunks.get(name, b"") + data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return list(chunks.items())
+
+
 def png_bomb(side: int = 60_000) -> bytes:
     """A few KB that claim side x side pixels, and hold their first megabytes, really deflated."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(4 << 20), 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
+    return png((b"IHDR", header), (b"IDAT", zlib.compress(bytes(4 << 20), 9)), (b"IEND", b""))
 
 
 def every_format() -> dict[str, bytes]:

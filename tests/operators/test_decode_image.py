@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import io
 import random
+import zlib
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from media import animated, encode, every_format, photo, png_bomb, with_orientation
+from media import (
+    animated,
+    encode,
+    every_format,
+    photo,
+    png,
+    png_bomb,
+    png_chunks,
+    with_orientation,
+)
 from PIL import Image, ImageOps
 from transformers import Gemma4UnifiedImageProcessor
 
@@ -70,6 +80,44 @@ def test_damaged_png_pixels_are_seen() -> None:
     assert code(bytes(data)) == "decode.corrupt"
 
 
+def test_missing_png_pixels_are_seen() -> None:
+    """473 to 556 of 600 rows were black, and the row ok, where one IDAT chunk was left out."""
+    header, (_, body), end = png_chunks(encode(photo(160, 120), "PNG"))
+    third = len(body) // 3
+    parts = [(b"IDAT", body[at : at + third]) for at in range(0, len(body), third)]
+    assert pixels(png(header, *parts, end)).shape == (120, 160, 3)
+    assert code(png(header, parts[0], *parts[2:], end)) == "decode.corrupt"
+
+
+def test_damaged_deflate_is_seen_behind_a_right_checksum() -> None:
+    header, (_, body), end = png_chunks(encode(photo(160, 120), "PNG"))
+    middle = len(body) // 2
+    damaged = body[:middle] + bytes(100) + body[middle + 100 :]
+    assert code(png(header, (b"IDAT", damaged), end)) == "decode.corrupt"
+
+
+@pytest.mark.parametrize("more", [[], [(b"tRNS", b"\0\1")]])
+def test_a_palette_png_without_its_palette(more: list[tuple[bytes, bytes]]) -> None:
+    chunks = png_chunks(encode(Image.fromarray(photo(16, 16)).convert("P"), "PNG"))
+    header, _, body, end = chunks
+    assert [name for name, _ in chunks] == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
+    assert code(png(header, *more, body, end)) == "decode.corrupt"
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP"])
+def test_a_png_may_carry_megabytes_of_metadata(name: bytes) -> None:
+    picture = photo(40, 30)
+    header, *rest = png_chunks(encode(picture, "PNG"))
+    data = png(header, (name, b"mxfile\0\0" + zlib.compress(bytes(2 << 20))), *rest)
+    np.testing.assert_array_equal(pixels(data), picture)
+
+
+def test_what_follows_a_png_is_not_the_pictures() -> None:
+    picture = photo(40, 30)
+    data = encode(picture, "PNG") + b"\0\0\0\4ABCDxxxxyyyyzzzz"
+    np.testing.assert_array_equal(pixels(data), picture)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -123,6 +171,21 @@ def test_orientation(format: str, orientation: int) -> None:
     expected = np.asarray(ImageOps.exif_transpose(image))
     assert picture.pixels.shape == expected.shape
     assert np.abs(picture.pixels.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize("name", [b"eXIf", b"iTXt"])
+def test_orientation_behind_the_pixels_of_a_png(name: bytes) -> None:
+    picture = photo(64, 48)
+    header, body, end = png_chunks(encode(picture, "PNG"))
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    turned = name, with_orientation(6).tobytes()[6:] if name == b"eXIf" else xmp
+    data = png(header, body, turned, end)
+    assert probe_image(data, DEFAULT) == (48, 64)
+    np.testing.assert_array_equal(pixels(data), np.rot90(picture, -1))
+    # the header says all, so that pixels which cannot be decoded are not asked for
+    unreadable = png(header, (b"IDAT", b"no pixels"), turned, end)
+    assert probe_image(unreadable, DEFAULT) == (48, 64)
+    assert code(unreadable) == "decode.corrupt"
 
 
 @pytest.mark.parametrize("value", [0, 9, 700])
