@@ -6,7 +6,7 @@ files. The header is read first; nothing is allocated for pixels before the limi
     grey, 1 bit         R = G = B
     palette, alpha      laid over image.background; a picture without transparency is not touched
     CMYK, YCCK          Pillow's plain conversion, Adobe's inverted JPEGs included; no ICC profiles
-    16 bit              the high byte, which is what Pillow itself keeps of 16-bit colour
+    12 and 16 bit       the high 8, which is what Pillow itself keeps of 16-bit colour
     32 bit, float       see `_grey_of_range`
     several pictures    the first frame or page
 """
@@ -26,7 +26,9 @@ import numpy.typing as npt
 from PIL import (
     AvifImagePlugin,
     Image,
+    ImageColor,
     PngImagePlugin,
+    TiffImagePlugin,
     UnidentifiedImageError,
 )
 from PIL.ExifTags import Base
@@ -263,10 +265,8 @@ def _said(error: BaseException) -> str:
 
 
 def _rgb(image: Image.Image, background: str) -> npt.NDArray[np.uint8]:
-    if image.mode.startswith("I;16"):
-        return _grey((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        return _grey(_grey_of_range(np.asarray(image)))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _deep_grey(image, background)
     if image.mode == "P" and image.palette is None:
         raise MediaError("decode.corrupt", "PNG: colours by number, and no palette")
     with _damage(image.mode):
@@ -288,8 +288,24 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image)
 
 
-def _grey(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return np.repeat(values[:, :, None], 3, axis=2)
+def _deep_grey(image: Image.Image, background: str) -> npt.NDArray[np.uint8]:
+    """Grey of more than 8 bits a sample, which Pillow would cut off at 255."""
+    with _damage(image.mode):
+        values = np.asarray(image)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image.mode.startswith("I;16"):
+        bits = int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+        grey = (values >> (bits - 8)).astype(np.uint8)
+    else:
+        grey = _grey_of_range(values)
+    # WhiteIsZero: up to 8 bits Pillow inverts by itself.
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        grey = ~grey
+    pixels = np.repeat(grey[:, :, None], 3, axis=2)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # and not a PNG's text of that name
+        pixels[values == transparent] = ImageColor.getrgb(background)
+    return pixels
 
 
 def _grey_of_range(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:

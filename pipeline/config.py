@@ -41,7 +41,7 @@ from operators.stores import redact
 from operators.tracks import Kind
 
 # Raised whenever our own code changes what an answer means: a new resize, another prompt form.
-SEMANTICS_VERSION = 1
+SEMANTICS_VERSION = 2
 
 # What a task asks where the job names no prompt.
 DEFAULT_PRESET = {"caption": "caption-dense", "describe-video": "video-describe"}

@@ -69,6 +69,15 @@ def png_bomb(side: int = 60_000) -> bytes:
     return png((b"IHDR", header), (b"IDAT", zlib.compress(bytes(4 << 20), 9)), (b"IEND", b""))
 
 
+def grey_tiff(width: int, height: int, bits: int, photometric: int, samples: bytes) -> bytes:
+    """One uncompressed strip. photometric: 0 where zero is white, 1 where it is black."""
+    fields = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1}
+    fields |= {278: height, 279: len(samples)}
+    fields[273] = 8 + 2 + 12 * len(fields) + 4
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + directory + bytes(4) + samples
+
+
 def every_format() -> dict[str, bytes]:
     """One ordinary 160x120 file of each format that the decoder knows."""
     picture = photo(160, 120)

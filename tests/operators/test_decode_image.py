@@ -14,6 +14,7 @@ from media import (
     animated,
     encode,
     every_format,
+    grey_tiff,
     photo,
     png,
     png_bomb,
@@ -252,6 +253,25 @@ def test_16_bit_keeps_the_high_byte() -> None:
     values = np.array([[0, 255, 256, 257, 32_768, 65_535]], np.uint16)
     for format in ("PNG", "TIFF"):
         assert pixels(encode(values, format))[0, :, 1].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+def test_12_bit_keeps_the_high_8() -> None:
+    # 0, 16, 2048 and 4095: two samples in three bytes
+    data = grey_tiff(4, 1, 12, 1, bytes.fromhex("000010 800fff"))
+    assert pixels(data)[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("bits", "samples"), [(1, "40"), (8, "00ff"), (16, "0000ffff")])
+def test_zero_may_be_white(bits: int, samples: str) -> None:
+    data = grey_tiff(2, 1, bits, 0, bytes.fromhex(samples))
+    assert pixels(data)[0, :, 1].tolist() == [255, 0]
+
+
+def test_transparent_value_of_16_bit_grey() -> None:
+    values = np.array([[0x1234, 0x1235]], np.uint16)
+    header, body, end = png_chunks(encode(values, "PNG"))
+    data = png(header, (b"tRNS", b"\x12\x34"), body, end)
+    assert pixels(data, ImageSettings(background="#00ff00"))[0].tolist() == [[0, 255, 0], [18] * 3]
 
 
 @pytest.mark.parametrize(
