@@ -21,11 +21,14 @@ import fsspec
 from fsspec.registry import known_implementations
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-# s3://key:secret@bucket, https://user:password@host; a secret may hold slashes, a port is none.
-USERINFO = re.compile(r"(?<=://)(?:[^/@]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")
+# s3://key:secret@bucket, https://user:pass@word@host: up to the last @ of the host's part. A secret
+# may hold slashes; a port is none.
+USERINFO = re.compile(r"(?<=://)(?:[^/]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")
 LOCAL = frozenset({"file", "local"})
 HTTP = frozenset({"http", "https"})
 S3 = frozenset({"s3", "s3a"})
+# fsspec has them, but they are no stores: what they would read stands in their options.
+WRAPPERS = frozenset({"data", "dir", "tar", "zip"})
 # Stores whose keys may hold ? and #: there it is a name, elsewhere a query with a signature in it.
 NAMED = LOCAL | S3 | {"gs", "gcs", "memory"}
 SYNONYMS = (LOCAL, HTTP, S3, frozenset({"gs", "gcs"}), frozenset({"az", "abfs", "abfss"}))
@@ -66,11 +69,14 @@ NO_SUCH = (
     NotADirectoryError,
     aiohttp.InvalidURL,
     botocore.exceptions.ParamValidationError,
+    # a host name that cannot be one, in a URL or where a server sends us on to
+    UnicodeError,
 )
 STORE_FAULTS: tuple[type[Exception], ...] = (
     OSError,
     aiohttp.ClientError,
     botocore.exceptions.BotoCoreError,
+    UnicodeError,
 )
 
 
@@ -87,8 +93,8 @@ def protocol(uri: str) -> str:
 def redact(uri: str) -> str:
     """`uri` for messages: without user and password, and without a query that may be signed."""
     scheme = protocol(uri)
-    if scheme == "tar":
-        member, _, shard = uri.rpartition("::")
+    member, of, shard = uri.rpartition("::")
+    if scheme == "tar" and of:
         return f"{member}::{redact(shard)}"
     shown = USERINFO.sub("***@", uri)
     return shown if scheme in NAMED else re.sub(r"(?s)[?#].*", "?***", shown)
@@ -99,6 +105,9 @@ def unsigned(uri: str) -> str:
 
     What is left stays the same when a URL is signed anew.
     """
+    member, of, shard = uri.rpartition("::")
+    if protocol(uri) == "tar" and of:
+        return f"{member}::{unsigned(shard)}"
     shown = USERINFO.sub("", uri)
     head, question, query = shown.partition("?")
     if protocol(uri) in NAMED or not SIGNED.search(question + query):
@@ -120,7 +129,7 @@ def filesystem(
     Raises StoreError.
     """
     scheme = protocol(uri)
-    if scheme not in known_implementations:
+    if scheme not in known_implementations or scheme in WRAPPERS:
         raise StoreError(
             f"{redact(uri)}: unknown scheme {scheme}:// (s3, gs, http, https, file, ...)"
         )
@@ -209,6 +218,8 @@ def reason(error: BaseException) -> str:
         return f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if isinstance(error, TIMEOUTS):
         return "timed out"
+    if isinstance(error, UnicodeError):
+        return "no valid host name"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
@@ -235,9 +246,15 @@ def _status(error: BaseException) -> int | None:
 
 
 def faults_of(uri: str) -> tuple[type[Exception], ...]:
-    """What the store of `uri` raises when it fails. gcsfs's errors derive from Exception alone."""
-    if protocol(uri) not in ("gs", "gcs"):
+    """What the store of `uri` raises when it fails. gcsfs's errors derive from Exception alone.
+
+    So do those of ftp, sftp and Azure: from a store that we do not know, anything is its fault.
+    """
+    scheme = protocol(uri)
+    if scheme in LOCAL | HTTP | S3 | {"memory"}:
         return STORE_FAULTS
+    if scheme not in ("gs", "gcs"):
+        return (Exception,)
     return (
         *STORE_FAULTS,
         importlib.import_module("gcsfs.retry").HttpError,

@@ -11,6 +11,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.registry import known_implementations, register_implementation
 
 from operators.errors import MediaError
 from operators.fetch import Fetch, FetchError, Ref
@@ -326,6 +328,22 @@ def test_http_ranges_need_a_server_that_knows_them(web):
 # URIs, options and errors
 
 
+@pytest.mark.parametrize("host", ["www..example.com", "a" * 64 + ".com", ".x"])
+def test_a_host_that_cannot_be_one_fails_the_row(web, host):
+    """IDNA's UnicodeError once ended the whole run."""
+
+    def send_on(handler):
+        handler.send_response(302)
+        handler.send_header("Location", f"http://{host}/x.jpg")
+        handler.end_headers()
+
+    web.routes["/moved"] = send_on
+    for uri in (f"http://{host}/x.jpg", f"{web.url}/moved"):
+        error = failure(Ref(uri))
+        assert (error.code, error.attempts) == ("fetch.not_found", 1)
+        assert error.message.endswith("no valid host name")
+
+
 def test_other_stores_are_read_too():
     store, path = filesystem("memory://fetch/a.jpg", {})
     store.pipe_file(path, b"0123")
@@ -338,6 +356,33 @@ def test_a_store_nobody_can_open_fails_the_row_and_says_why():
     assert "unknown scheme foo://" in failure(Ref("foo://bucket/a.jpg")).message
     assert "needs gcsfs, install it" in failure(Ref("gs://bucket/a.jpg")).message
     assert failure(Ref("gs://bucket/a.jpg")).code == "fetch.unavailable"
+
+
+@pytest.mark.parametrize("scheme", ["data", "dir", "tar", "zip"])
+def test_what_is_no_store_fails_the_row(scheme):
+    uri = f"{scheme}://x/y.jpg"
+    error = failure(Ref(uri))
+    assert (error.code, error.attempts) == ("fetch.unavailable", 0)
+    assert error.message.startswith(f"{uri}: unknown scheme {scheme}://")
+
+
+class Refused(Exception):
+    """What ftp, sftp and Azure raise derives from Exception alone, like this."""
+
+
+class BlockStore(AbstractFileSystem):
+    protocol = "blockstore"
+
+    def open(self, path, mode="rb"):
+        raise Refused
+
+
+def test_whatever_an_unknown_store_raises_fails_the_row(monkeypatch):
+    monkeypatch.setitem(known_implementations, "blockstore", {"class": f"{__name__}.BlockStore"})
+    register_implementation("blockstore", BlockStore, clobber=True)
+    error = failure(Ref("blockstore://x/y.jpg"))
+    assert (error.code, error.attempts) == ("fetch.unavailable", 1)
+    assert error.message == "blockstore://x/y.jpg: refused"
 
 
 def test_a_wrong_storage_option_is_named_but_not_its_value():
@@ -368,6 +413,7 @@ def test_options_may_be_keyed_by_scheme_and_s3_secrets_stay_with_s3(s3, web):
     ("uri", "shown"),
     [
         ("https://me:hunter2@host:8080/a@b.jpg", "https://***@host:8080/a@b.jpg"),
+        ("https://me:hunter@2@host/a.jpg", "https://***@host/a.jpg"),
         ("http://127.0.0.1:8080/a@b.jpg", "http://127.0.0.1:8080/a@b.jpg"),
         ("https://host/a.jpg?X-Amz-Signature=hunter2#x", "https://host/a.jpg?***"),
         ("s3://KEY:hun/ter2@bucket/a?.jpg", "s3://***@bucket/a?.jpg"),
@@ -384,6 +430,8 @@ def test_messages_show_the_uri_without_credentials(uri, shown):
     ("uri", "shown"),
     [
         ("https://u:p@host/a.jpg?id=1&key=b", "https://host/a.jpg?id=1&key=b"),
+        ("https://u:p@ss@host/a.jpg", "https://host/a.jpg"),
+        ("tar://m.jpg::https://u:p@host/s@1.tar", "tar://m.jpg::https://host/s@1.tar"),
         ("https://host/a?X-Amz-Date=1&w=2&X-Amz-Signature=3", "https://host/a?w=2"),
         ("https://host/a?sv=1&sig=2", "https://host/a"),
         ("s3://bucket/a?sig=1.jpg", "s3://bucket/a?sig=1.jpg"),
