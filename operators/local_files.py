@@ -3,45 +3,38 @@
 Local files are used in place. Anything else is read once a node, part by part, into a folder of
 bounded size that all workers of the node share:
 
-    <key>        the whole file, renamed into place when complete; its mtime is the last use
-    <key>.lock   held alone while it is read or removed, shared while it is used
+    <key>        the whole file; its mtime is the last use; flock: shared while it is used
+    <key>.part   while it is read, renamed when complete; flock: held alone; of full size from the start
+    bytes        at least the sum of all sizes, so that the folder is not looked through for each file
+    turn         held by the reader who waits for room, so that a large file is not overtaken for ever
 
-Nothing needed for a resume is here: a lost folder costs a second read.
+Who removes a file holds its lock alone, so what is locked is in use or is being read, and what waits
+for a lock looks afterwards whether the file is still there. Nothing needed for a resume is here: a
+lost folder costs a second read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import stat
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from blake3 import blake3
 
 from operators.errors import MediaError
-from operators.fetch import Fetched, FetchError, Ref
-from operators.stores import (
-    LOCAL,
-    StoreError,
-    classify,
-    faults_of,
-    filesystem,
-    local_path,
-    protocol,
-    reason,
-    redact,
-)
+from operators.fetch import PART_BYTES, Fetch, FetchError, Ref, State
+from operators.stores import HTTP, LOCAL, classify, local_path, protocol, reason, redact
 
-PART_BYTES = 16 << 20
-# What tells one state of an object from the next, under the names that stores give it.
-STATE = ("ETag", "etag", "LastModified", "mtime", "updated", "size")
+BYTES, TURN = "bytes", "turn"
+# A full folder is emptied down to this at once: one look through it for many files, not for each.
+KEPT = 0.9
+WAIT_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,21 +49,21 @@ class LocalFile:
 class LocalFiles:
     """`with files(ref, version) as file:` the file stays while the block runs. Pickles.
 
-    fetch reads ranges (operators.fetch.Fetch). max_file_bytes: a larger object is fetch.too_large.
-    max_bytes: of the folder; the least recently used files go first, those in use stay.
+    max_file_bytes: a larger object is fetch.too_large.
+    max_bytes: of the folder, with what is being read; the least recently used files go first, those
+    in use stay, and where that leaves no room a reader waits. A file larger than what is left is read
+    when no other is in use; one whose size no server tells counts once it is there.
     """
 
     def __init__(
         self,
-        fetch: Callable[[Ref], Fetched],
-        storage_options: Mapping[str, Any],
+        fetch: Fetch,
         folder: str,
         *,
         max_file_bytes: int = 16 << 30,
         max_bytes: int = 64 << 30,
     ) -> None:
         self._fetch = fetch
-        self._options = storage_options
         self._folder = Path(folder)
         self._max_file_bytes = max_file_bytes
         self._max_bytes = max_bytes
@@ -83,18 +76,18 @@ class LocalFiles:
             yield LocalFile(self._in_place(ref), 1, time.monotonic() - started)
             return
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        name = f"{ref.uri}\n{version or ''}\n{ref.offset}\n{ref.length}\n{ref.size_bytes}"
+        # Without a version, yesterday's file would pass for today's.
+        state = None if version else self._fetch.state(ref)
+        name = f"{ref.uri}\n{version or state}\n{ref.offset}\n{ref.length}\n{ref.size_bytes}"
         path = self._folder / blake3(name.encode()).hexdigest(length=16)
         attempts = 0
         while True:
-            with _lock(path, fcntl.LOCK_SH):
-                if path.exists():
-                    os.utime(path)
+            with _locked(path, fcntl.LOCK_SH) as file:
+                if file is not None:
+                    os.utime(file)
                     yield LocalFile(str(path), attempts, time.monotonic() - started)
                     return
-            with _lock(path, fcntl.LOCK_EX):
-                if not path.exists():
-                    attempts = self._read(ref, path)
+            attempts = self._read(ref, path, state)
 
     def _in_place(self, ref: Ref) -> str:
         path = local_path(ref.uri)
@@ -115,85 +108,154 @@ class LocalFiles:
             raise FetchError("fetch.forbidden", f"{redact(ref.uri)}: permission denied", 1)
         return path
 
-    def _read(self, ref: Ref, path: Path) -> int:
-        """Reads the object beside `path`, then renames. Returns the attempts of its worst part."""
-        before = self._state(ref)
-        size = ref.planned if ref.planned is not None else before.get("size")
+    def _read(self, ref: Ref, path: Path, state: State | None) -> int:
+        """Read it, unless somebody else just did. Returns the attempts of its worst part."""
+        partial = Path(f"{path}.part")
+        with _locked(partial, fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT) as descriptor:
+            if descriptor is None:
+                return 0
+            try:
+                attempts = 0
+                if path.exists():
+                    os.unlink(partial)
+                else:
+                    with open(descriptor, "r+b", closefd=False) as file:
+                        attempts = self._fill(ref, state, partial, file)
+                    # with the book: who looks through the folder meanwhile could miss both names
+                    with _opened(self._folder / BYTES):
+                        os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        return attempts
+
+    def _fill(self, ref: Ref, state: State | None, partial: Path, file: IO[bytes]) -> int:
+        size = ref.planned
+        if state is None and (size is None or size > PART_BYTES):
+            state = self._fetch.state(ref)
+        if state is not None and size is None:
+            size = state.size
         if size == 0:
             raise MediaError("decode.empty", "the file has no bytes")
         if size is not None and size > self._max_file_bytes:
             message = f"{redact(ref.uri)}: {size} bytes; {self._max_file_bytes} are allowed"
             raise FetchError("fetch.too_large", message, 0)
-        self._make_room(size or 0)
-        descriptor, partial = tempfile.mkstemp(dir=self._folder, prefix=f"{path.name}.part-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                attempts = self._parts(ref, size, file)
-            if size is not None and self._state(ref) != before:
-                message = f"{redact(ref.uri)}: it changed while it was read"
-                raise FetchError("fetch.changed", message, attempts)
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+        if size is not None:
+            self._reserve(partial, file, size)
+        one = size is None or size <= PART_BYTES or (state is not None and not state.ranges)
+        if size is None or (one and ref.offset is None):
+            attempts = self._whole(ref, file)
+        else:
+            attempts = self._parts(ref, size, file)
+        found = file.tell()
+        file.truncate()
+        if found == 0:
+            raise MediaError("decode.empty", "the file has no bytes")
+        if size is None:
+            self._count(found)
+        elif found != size or (not one and self._fetch.state(ref) != state):
+            message = f"{redact(ref.uri)}: it changed while it was read"
+            raise FetchError("fetch.changed", message, attempts)
         return attempts
 
-    def _parts(self, ref: Ref, size: int | None, file: IO[bytes]) -> int:
-        if size is None or (ref.offset is None and size <= PART_BYTES):
-            # of unknown size: in one go, and fetch.max_bytes is its limit
-            fetched = self._fetch(ref)
-            if not fetched.data:
-                raise MediaError("decode.empty", "the file has no bytes")
-            file.write(fetched.data)
-            return fetched.attempts
+    def _whole(self, ref: Ref, file: IO[bytes]) -> int:
+        if protocol(ref.uri) in HTTP:
+            return self._fetch.stream(ref, file, self._max_file_bytes)
+        fetched = self._fetch(ref)
+        file.write(fetched.data)
+        return fetched.attempts
+
+    def _parts(self, ref: Ref, size: int, file: IO[bytes]) -> int:
         attempts, first = 1, ref.offset or 0
         for start in range(0, size, PART_BYTES):
             length = min(PART_BYTES, size - start)
-            part = replace(ref, offset=first + start, length=length)
-            fetched = self._fetch(part)
+            fetched = self._fetch(replace(ref, offset=first + start, length=length))
             attempts = max(attempts, fetched.attempts)
             file.write(fetched.data)
         return attempts
 
-    def _state(self, ref: Ref) -> dict[str, Any]:
-        """What the store says of the object, without reading it; empty where one part is enough."""
-        if ref.planned is not None and ref.planned <= PART_BYTES:
-            return {}
-        try:
-            store, path = filesystem(ref.uri, self._options)
-            info = store.info(path)
-        except StoreError as error:
-            raise FetchError("fetch.unavailable", str(error), 0) from error
-        except faults_of(ref.uri) as error:
-            message = f"{redact(ref.uri)}: {reason(error)}"
-            raise FetchError(classify(error)[0], message, 1) from error
-        return {name: info[name] for name in STATE if info.get(name) is not None}
+    def _reserve(self, partial: Path, file: IO[bytes], size: int) -> None:
+        """Wait until `size` bytes fit, or nothing else is left, and make `file` as large."""
+        with _opened(self._folder / TURN):
+            while not self._fits(partial, file, size):
+                time.sleep(WAIT_S)
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used until `wanted` bytes fit, or only files in use are left."""
-        held = []
+    def _fits(self, partial: Path, file: IO[bytes], size: int) -> bool:
+        with _opened(self._folder / BYTES) as book:
+            used = _counted(book)
+            if used is None or used + size > self._max_bytes:
+                used, in_use = self._make_room(partial, size)
+                if in_use and used + size > self._max_bytes:
+                    return False
+            # before the book is given back: who looks through the folder next must see it
+            file.truncate(size)
+            _write(book, used + size)
+            return True
+
+    def _count(self, size: int) -> None:
+        with _opened(self._folder / BYTES) as book:
+            used = _counted(book)
+            if used is not None:
+                _write(book, used + size)
+
+    def _make_room(self, partial: Path, wanted: int) -> tuple[int, bool]:
+        """Remove the least recently used; what is used then beside `partial`, and is any in use?"""
+        held, in_use = [], False
         for entry in os.scandir(self._folder):
-            with contextlib.suppress(FileNotFoundError):
-                found = entry.stat()
-                if ".part-" in entry.name and time.time() - found.st_mtime > 24 * 3600:
-                    os.unlink(entry.path)  # its reader was killed
-                elif "." not in entry.name:
+            if entry.name not in (BYTES, TURN, partial.name):
+                with suppress(FileNotFoundError):
+                    found = entry.stat()
                     held.append((found.st_mtime, found.st_size, Path(entry.path)))
         used = sum(size for _, size, _ in held)
         for _, size, path in sorted(held):
-            if used + wanted <= self._max_bytes:
-                return
-            with contextlib.suppress(BlockingIOError), _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                path.unlink(missing_ok=True)
-                used -= size
+            # a part that nobody holds is a killed reader's
+            if path.suffix != ".part" and used + wanted <= KEPT * self._max_bytes:
+                continue
+            try:
+                with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as file:
+                    if file is not None:
+                        path.unlink()
+                        used -= size
+            except BlockingIOError:
+                in_use |= size > 0  # one without bytes waits for room itself
+        return used, in_use
 
 
 @contextmanager
-def _lock(path: Path, how: int) -> Iterator[None]:
-    """flock, not fcntl's: that one is a process's, and here threads meet as well.
+def _locked(path: Path, how: int, flags: int = os.O_RDONLY) -> Iterator[int | None]:
+    """A descriptor of the file with a lock on it; None where it is not there, or no longer.
 
-    Lock files stay: removing one would let two workers hold different files of one name.
+    flock, not fcntl's: that one is a process's, and here threads meet as well.
     """
-    with open(f"{path}.lock", "ab") as file:
-        fcntl.flock(file, how)
-        yield
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        fcntl.flock(descriptor, how)
+        try:
+            there = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except FileNotFoundError:
+            there = False
+        yield descriptor if there else None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is never removed, held alone."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _counted(book: IO[bytes]) -> int | None:
+    text = book.read()
+    return int(text) if text.isdigit() else None
+
+
+def _write(book: IO[bytes], used: int) -> None:
+    book.seek(0)
+    book.write(b"%020d" % used)

@@ -220,7 +220,14 @@ class FetchSettings(Settings):
     max_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 256 << 20
     # of sound and video, which come onto the node's disk; a day of 16-bit stereo at 44.1 kHz is 15 GB
     max_file_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 16 << 30
-    max_cache_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 32 << 30
+    max_cache_bytes: int = Field(
+        32 << 30,
+        ge=1,
+        json_schema_extra=LIMIT,
+        description="of all files on a node's disk, those being read included: a reader waits for room."
+        " Two cases go beyond it: one larger file, read when no other is in use, and HTTP objects whose"
+        " size the server does not tell, until they are read",
+    )
     timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 60.0
     attempts: Annotated[int, Field(ge=1, le=20, json_schema_extra=LIMIT)] = 4
     concurrency: Annotated[int, Field(ge=1, le=256, json_schema_extra=LIMIT)] = 8

@@ -32,7 +32,6 @@ def local_files(job: Job) -> LocalFiles:
     """The cache that all workers of a node share."""
     return LocalFiles(
         Fetch(job.fetch, job.input.storage_options),
-        job.input.storage_options,
         str(Path(tempfile.gettempdir()) / f"polyscribe-files-{os.getuid()}"),
         max_file_bytes=job.fetch.max_file_bytes,
         max_bytes=job.fetch.max_cache_bytes,

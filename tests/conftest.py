@@ -98,7 +98,10 @@ def s3(_s3_server: S3Server) -> Iterator[S3Server]:
 
 
 class WebServer(ThreadingHTTPServer):
-    """Answers with `routes[path]`, a function of the request handler; 404 elsewhere."""
+    """Answers with `routes[path]`, a function of the request handler; 404 elsewhere.
+
+    HEAD is answered by `routes["HEAD path"]`, or not known.
+    """
 
     daemon_threads = True
 
@@ -124,6 +127,13 @@ class _WebHandler(BaseHTTPRequestHandler):
         route = self.server.routes.get(path)
         if route is None:
             self.send_error(404)
+        else:
+            route(self)
+
+    def do_HEAD(self) -> None:
+        route = self.server.routes.get(f"HEAD {self.path}")
+        if route is None:
+            self.send_error(501)
         else:
             route(self)
 
