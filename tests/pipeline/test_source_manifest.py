@@ -121,6 +121,13 @@ def test_versions_come_from_the_store_and_missing_files_keep_their_rows(tmp_path
     assert [row["version"] for row in rows] == [""] * 6
 
 
+def test_a_scheme_that_is_no_store_costs_its_row_only(tmp_path):
+    uris = [f"{scheme}://x/y.jpg" for scheme in ("data", "dir", "tar", "zip")]
+    (tmp_path / "list.jsonl").write_bytes(as_lines([{"uri": uri} for uri in uris]))
+    rows, _ = listed(tmp_path / "list.jsonl")
+    assert [(row["uri"], row["version"]) for row in rows] == [(uri, "") for uri in uris]
+
+
 def test_a_store_that_fails_while_versions_are_asked_stops_the_listing(tmp_path, s3):
     (tmp_path / "list.csv").write_text("uri\ns3://bucket/a.jpg\n")
     options = {**s3.options, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
