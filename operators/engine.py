@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from operators.engine_folder import EngineFolder
@@ -35,6 +37,9 @@ from operators.settings import ModelSettings, SamplingSettings
 # A looping answer repeats a phrase of up to 32 tokens. From 3 tokens on and 5 times, so that dotted
 # lines and columns of equal numbers in a page's text are not taken for one.
 REPETITION = {"max_pattern_size": 32, "min_pattern_size": 3, "min_count": 5}
+
+# What vLLM takes as max_lora_rank.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,15 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         limits = media_limits(options)
+        adapter = None if model.adapter is None else Adapter.find(model.adapter)
         args = AsyncEngineArgs(
             model=model.id,
             revision=model.revision,
             tokenizer_revision=model.revision,
             dtype=engine_dtype(model.dtype),
             quantization=model.quantization,
-            enable_lora=model.adapter is not None,
+            enable_lora=adapter is not None,
+            max_lora_rank=adapter.max_rank if adapter else LORA_RANKS[0],
             max_model_len=model.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -147,7 +154,10 @@ class Engine:
             disable_log_stats=False,
         )
         llm = AsyncLLM.from_engine_args(args, stat_loggers=[_meter_logger(self._meter)])
-        self._lora = _lora_request(model)
+        self._lora = adapter.request() if adapter else None
+        if adapter is not None:
+            # Now: an adapter that does not fit would kill the engine with its first request.
+            await llm.add_lora(self._lora)
         self._meter.ready()
         return llm
 
@@ -327,12 +337,35 @@ def _sampling_params(sampling: SamplingSettings, answer_tokens: int) -> Any:  # 
     )
 
 
-def _lora_request(model: ModelSettings) -> Any:  # noqa: ANN401
-    if model.adapter is None:
-        return None
-    from vllm.lora.request import LoRARequest
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on this machine's disk, and the least of vLLM's ranks that holds it."""
 
-    return LoRARequest("adapter", 1, model.adapter)
+    path: str
+    max_rank: int
+
+    @staticmethod
+    def find(name: str) -> Adapter:
+        """The adapter of a folder or hub id. Raises ValueError where it is none that vLLM takes."""
+        from vllm.lora.utils import get_adapter_absolute_path
+
+        path = get_adapter_absolute_path(name)
+        try:
+            config = json.loads((Path(path) / "adapter_config.json").read_text())
+            ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"model.adapter: {name} is no LoRA adapter: {error!r}") from error
+        fitting = [rank for rank in LORA_RANKS if rank >= max(ranks)]
+        if not fitting:
+            raise ValueError(
+                f"model.adapter: rank {max(ranks)}; at most {LORA_RANKS[-1]} is allowed"
+            )
+        return Adapter(path, fitting[0])
+
+    def request(self) -> Any:  # noqa: ANN401
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("adapter", 1, self.path)
 
 
 def _meter_logger(meter: Meter) -> Any:  # noqa: ANN401
