@@ -31,6 +31,8 @@ S3 = frozenset({"s3", "s3a"})
 WRAPPERS = frozenset({"data", "dir", "tar", "zip"})
 # Stores whose keys may hold ? and #: there it is a name, elsewhere a query with a signature in it.
 NAMED = LOCAL | S3 | {"gs", "gcs", "memory"}
+# Stores where an @ ends no user's name: in a path it is a letter, at Azure the container precedes it.
+USERLESS = LOCAL | {"memory", "az", "abfs", "abfss"}
 SYNONYMS = (LOCAL, HTTP, S3, frozenset({"gs", "gcs"}), frozenset({"az", "abfs", "abfss"}))
 # What of flat storage options an HTTP request knows; the rest belongs to an object store.
 HTTP_OPTIONS = frozenset({"headers", "cookies", "proxy", "ssl", "encoded"})
@@ -103,14 +105,16 @@ def redact(uri: str) -> str:
 def unsigned(uri: str) -> str:
     """`uri` as results show it: user, password and the parameters of a signed URL taken out.
 
-    What is left stays the same when a URL is signed anew.
+    What is left stays the same when a URL is signed anew. A member's name stays as it is.
     """
-    member, of, shard = uri.rpartition("::")
-    if protocol(uri) == "tar" and of:
+    scheme = protocol(uri)
+    member, mark, shard = uri.rpartition("::")
+    if scheme == "tar" and mark:
         return f"{member}::{unsigned(shard)}"
-    shown = USERINFO.sub("", uri)
+    plain = scheme in USERLESS or uri.startswith(f"{scheme}://arn:")
+    shown = uri if plain else USERINFO.sub("", uri)
     head, question, query = shown.partition("?")
-    if protocol(uri) in NAMED or not SIGNED.search(question + query):
+    if scheme in NAMED or not SIGNED.search(question + query):
         return shown
     query, hash_sign, fragment = query.partition("#")
     kept = "&".join(part for part in query.split("&") if not SIGNING.match(part))

@@ -434,11 +434,32 @@ def test_messages_show_the_uri_without_credentials(uri, shown):
         ("tar://m.jpg::https://u:p@host/s@1.tar", "tar://m.jpg::https://host/s@1.tar"),
         ("https://host/a?X-Amz-Date=1&w=2&X-Amz-Signature=3", "https://host/a?w=2"),
         ("https://host/a?sv=1&sig=2", "https://host/a"),
-        ("s3://bucket/a?sig=1.jpg", "s3://bucket/a?sig=1.jpg"),
+        ("s3://KEY:hun/ter2@bucket/a@2x.jpg", "s3://bucket/a@2x.jpg"),
+        (
+            "tar://m?.jpg::https://u:p@h/s.tar?X-Amz-Signature=x&w=1",
+            "tar://m?.jpg::https://h/s.tar?w=1",
+        ),
     ],
 )
 def test_results_show_the_uri_without_what_signs_it(uri, shown):
     assert unsigned(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a?sig=1.jpg",
+        "s3://bucket/me@corp/a@2x.jpg",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/raw/a@2x.jpg",
+        "abfs://raw@account.dfs.core.windows.net/a.jpg",
+        "/home/me@corp/x://y@z.jpg",
+        "tar://icon@2x.png::/s.tar",
+        "tar://1.jpg::/home/me@corp/s.tar",
+        "tar://1.jpg::s3://bucket/set@v2.tar",
+    ],
+)
+def test_an_at_sign_in_a_name_is_no_users(uri):
+    assert unsigned(uri) == uri
 
 
 def test_errors_name_no_credentials_and_survive_pickling(web):

@@ -61,6 +61,15 @@ def test_members_are_found_and_fetched_by_offset(tmp_path, s3, form):
         assert skipped == {"unknown type .json": 1}
 
 
+def test_every_member_has_a_uri_of_its_own_whatever_the_names_hold(tmp_path):
+    folder = tmp_path / "me@corp"
+    folder.mkdir()
+    names = ["1.jpg", "icon@2x.jpg", "a://b@c.jpg"]
+    (folder / "set@v2.tar").write_bytes(tar(*[(name, b"1") for name in names]))
+    rows, _ = listed(folder / "set@v2.tar")
+    assert [row["uri"] for row in rows] == [f"tar://{name}::{folder}/set@v2.tar" for name in names]
+
+
 def test_only_headers_are_read_of_large_members(s3):
     uri = f"{s3.bucket()}/big.tar"
     s3.put(uri, tar(*[(f"{number}.jpg", bytes(8 << 20)) for number in range(3)]))
