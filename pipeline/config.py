@@ -136,7 +136,10 @@ class EngineConfig(Settings):
         description="no token for so long while requests are open: the actor ends and is replaced;"
         " well above a cold start's graph capture",
     )
-    load_format: str = Field("auto", description="as vLLM names it, for example dummy in a dry run")
+    load_format: str = Field(
+        "auto",
+        description="as vLLM names it, for example dummy in a dry run, whose answers are kept apart",
+    )
 
 
 class ResourcesConfig(Settings):
@@ -297,6 +300,9 @@ class Job(Settings):
         asked["prompt_name"] = self.prompt_name
         del asked["sampling"]["max_tokens"]
         asked |= {"task": self.task, "semantics": SEMANTICS_VERSION}
+        # Other ways to load may mean other weights: dummy draws them, so its answers are noise.
+        if self.engine.load_format != "auto":
+            asked["load_format"] = self.engine.load_format
         text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

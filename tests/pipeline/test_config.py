@@ -82,6 +82,7 @@ def test_the_fingerprint_sees_what_changes_an_answer_and_nothing_else(tmp_path: 
         "input.uri=s3://other/",
         "output.uri=/tmp/x",
         "engine.max_num_seqs=8",
+        "engine.load_format=auto",
         "fetch.timeout_s=1",
         "image.timeout_s=1",
         "image.max_pixels=1000",
@@ -104,9 +105,10 @@ def test_the_fingerprint_sees_what_changes_an_answer_and_nothing_else(tmp_path: 
             "image.scaled_decode=true",
             "sampling.temperature=1",
             "sampling.max_tokens=9",
+            "engine.load_format=dummy",
         ]
     }
-    assert len(others | {base}) == 13
+    assert len(others | {base}) == 14
 
 
 def test_secrets_are_in_no_output(tmp_path: Path) -> None:
