@@ -58,8 +58,16 @@ MODALITY: dict[str, Modality] = {
     "describe-video": "video",
 }
 
+# Where a wrong field is named in an error, its value is not, if its name matches.
 SECRET_NAME = re.compile(
     r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
+)
+# What run.json shows of a store's options. Any name may be that of a secret (a header's, a cookie's),
+# so this says what is none.
+PUBLIC_OPTIONS = frozenset(
+    {"endpoint_url", "region_name", "region", "anon", "use_ssl", "verify", "requester_pays"}
+    | {"version_aware", "project", "account_name", "addressing_style", "signature_version"}
+    | {"connect_timeout", "read_timeout", "max_pool_connections", "total_max_attempts", "mode"}
 )
 # Fields of ours whose names look like secrets but are none.
 PUBLIC_NAMES = frozenset({"max_tokens", "max_soft_tokens"})
@@ -386,16 +394,18 @@ def _asked(settings: Settings) -> dict[str, Any]:
     return asked
 
 
-def _without_secrets(value: Any, name: str = "") -> Any:  # noqa: ANN401
+def _without_secrets(value: Any, name: str = "", options: bool = False) -> Any:  # noqa: ANN401
+    """`value` of the field `name`; `options`: it belongs to a store's options."""
     if isinstance(value, dict):
-        return {key: _without_secrets(item, str(key)) for key, item in value.items()}
+        return {
+            key: _without_secrets(item, str(key), options or key == "storage_options")
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_without_secrets(item, name) for item in value]
-    if isinstance(value, str):
-        if _is_secret(name):
-            return "***"
-        return redact(value)
-    return value
+        return [_without_secrets(item, name, options) for item in value]
+    if options and name not in PUBLIC_OPTIONS:
+        return "***"
+    return redact(value) if isinstance(value, str) else value
 
 
 def _is_secret(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,29 @@ def test_secrets_are_in_no_output(tmp_path: Path) -> None:
         assert secret not in shown
     assert "http://minio:9000" in shown
     assert "'max_soft_tokens': 280" in shown
+
+
+def test_only_store_options_known_to_be_harmless_are_shown(tmp_path: Path) -> None:
+    options = {
+        "endpoint_url": "http://me:h1dden@minio:9000",
+        "anon": False,
+        "password": 12345678,
+        "cookies": {"session": "h1dden"},
+        "client_kwargs": {"auth": {"login": "h1dden", "pw": ["h1dden"]}, "region_name": "eu"},
+        "headers": {"X-Gate": "h1dden"},
+        "config_kwargs": {"s3": {"addressing_style": "path"}, "read_timeout": 9},
+    }
+    override = f"input.storage_options={json.dumps({'s3': options})}"
+    shown = load_job(job_file(tmp_path), [override]).public()["input"]["storage_options"]["s3"]
+    assert shown == {
+        "endpoint_url": "http://***@minio:9000",
+        "anon": False,
+        "password": "***",
+        "cookies": {"session": "***"},
+        "client_kwargs": {"auth": {"login": "***", "pw": ["***"]}, "region_name": "eu"},
+        "headers": {"X-Gate": "***"},
+        "config_kwargs": {"s3": {"addressing_style": "path"}, "read_timeout": 9},
+    }
 
 
 def test_a_secret_is_not_quoted_in_an_error(tmp_path: Path) -> None:
