@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Any
 
@@ -24,7 +25,12 @@ from pipeline.source_rows import LISTING_FAULTS, Asset, Skipped, SourceError, re
 BLOCK_BYTES = tarfile.BLOCKSIZE
 # Beyond the end mark tar pads with zeros, by default up to 10 KiB; so far we look for more.
 PADDING_BYTES = 64 << 10
+# The most that tarfile may read at once: long names of a few KiB, attributes of 64 KiB each.
+HEADER_BYTES = 1 << 20
 SHARDS_AT_ONCE = 8
+# What tarfile raises where headers make no sense: numbers that are none or do not fit, lists of
+# holes that end early, names of names of names.
+DAMAGED = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
 CHUNK_MEMBERS = 256
 CHUNKS_AHEAD = 4
 
@@ -85,13 +91,7 @@ def members(
     uri = shard.fetch_uri
     try:
         with opened(uri, storage_options) as file:
-            try:
-                size = file.seek(0, 2)
-            except ValueError as error:  # fsspec's way to say it
-                message = f"{redact(uri)}: the server knows no ranges; copy the shard to a store"
-                raise SourceError(message) from error
-            file.seek(0)
-            yield from _headers(file, shard, size, wanted, skipped)
+            yield from _headers(_HeaderFile(file, uri), shard, wanted, skipped)
     except LISTING_FAULTS as error:
         own = ("fetch.not_found", "fetch.forbidden")
         if isinstance(error, StoreError) or classify(error)[0] not in own:
@@ -99,24 +99,53 @@ def members(
         yield _rest(shard, 0, BLOCK_BYTES)  # the fetch meets the same fault and gives the code
 
 
+class _HeaderFile:
+    """A shard as tarfile reads it. A long name's header may lie about its length, and tarfile reads
+    as many bytes at once as it says: beyond HEADER_BYTES it counts as damaged."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self._file = file
+        self._uri = uri
+        self.tell, self.seek = file.tell, file.seek
+
+    def size(self) -> int:
+        with self._needs_ranges():
+            return self.seek(0, 2)
+
+    def read(self, count: int) -> bytes:
+        if count > HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of more than {HEADER_BYTES} bytes")
+        with self._needs_ranges():
+            return self._file.read(count)
+
+    @contextmanager
+    def _needs_ranges(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # fsspec's way to say it
+            message = f"{redact(self._uri)}: the server knows no ranges; copy the shard to a store"
+            raise SourceError(message) from error
+
+
 def _headers(
-    file: IO[bytes], shard: Asset, size: int, wanted: Callable[[str], bool], skipped: Skipped
+    file: _HeaderFile, shard: Asset, wanted: Callable[[str], bool], skipped: Skipped
 ) -> Iterator[Asset]:
-    end = 0
+    end, size = 0, file.size()
+    file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
                 # tarfile keeps every header that it has seen
-                archive.members.clear()  # type: ignore[attr-defined]
+                archive.members.clear()
+                # A negative size leads back to headers that were read before.
+                if member.size < 0 or archive.offset <= end:
+                    raise tarfile.ReadError("negative size")
                 end = archive.offset
                 if not member.isreg() or member.issparse():
                     if not member.isdir():
                         skipped.add("tar member is a link, a device or sparse")
-                    continue
-                there = min(member.size, max(0, size - member.offset_data))
-                # The name is for people (the offset finds the bytes), so no UTF-8 is mended.
-                name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                if wanted(name):
+                elif wanted(name := _name(member)):
+                    there = min(member.size, max(0, size - member.offset_data))
                     yield Asset(
                         fetch_uri=shard.fetch_uri,
                         version=f"{shard.version}-{member.offset_data}-{member.size}",
@@ -127,9 +156,12 @@ def _headers(
                     )
                     if there < member.size:
                         return
+                if end > size:
+                    raise tarfile.ReadError("cut off")
             end = archive.offset
-    except tarfile.TarError:
-        yield _rest(shard, end, min(BLOCK_BYTES, max(0, size - end)))
+    except DAMAGED:
+        start = min(end, size)
+        yield _rest(shard, start, min(BLOCK_BYTES, size - start))
         return
     # tarfile ends at a damaged header as quietly as at the two zero blocks of the real end.
     file.seek(end)
@@ -142,6 +174,11 @@ def _headers(
     if more < len(padding):  # a bad header, or tars that were put together with cat
         start = more - more % BLOCK_BYTES
         yield _rest(shard, end + start, min(BLOCK_BYTES, len(padding) - start))
+
+
+def _name(member: tarfile.TarInfo) -> str:
+    """For people (the offset finds the bytes), so no UTF-8 is mended."""
+    return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _rest(shard: Asset, offset: int, length: int) -> Asset:

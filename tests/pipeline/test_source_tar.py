@@ -137,6 +137,55 @@ def test_a_damaged_header_becomes_a_row_for_the_rest(tmp_path):
     assert rows[1]["version"]
 
 
+def header(name, size, kind=tarfile.REGTYPE):
+    """The block of a header that says what it likes about its size."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[156:157] = kind
+    block[148:156] = (
+        b"%06o\0 " % tarfile.calc_chksums(bytes(block[:148] + b" " * 8 + block[156:]))[0]
+    )
+    return bytes(block)
+
+
+def pax(**records):
+    """An extended header for the member that follows."""
+    return tarfile.TarInfo._create_pax_generic_header(
+        {name.replace("_", "."): value for name, value in records.items()}, tarfile.XHDTYPE, "utf-8"
+    )
+
+
+NAMED_AGAIN = header("x", 2, tarfile.GNUTYPE_LONGNAME) + b"a".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        header("2.jpg", -512),
+        header("2.jpg", -511),
+        header("2.jpg", -1024),
+        header("2.bin", 1 << 62),
+        header("2.bin", 1 << 80),
+        pax(size="-512") + header("2.jpg", 0),
+        header("x", 1 << 62, tarfile.GNUTYPE_LONGNAME),
+        header("x", 1 << 80, tarfile.GNUTYPE_LONGNAME),
+        header("x", 1 << 62, tarfile.XHDTYPE),
+        pax(GNU_sparse_map="x,y", GNU_sparse_size="3") + header("2.jpg", 0),
+        pax(GNU_sparse_major="1", GNU_sparse_minor="0") + header("2.jpg", 0),
+        NAMED_AGAIN * 1200 + header("2.jpg", 0),
+    ],
+    ids=range(12),
+)
+def test_a_header_that_lies_becomes_a_row_for_the_rest(tmp_path, lie):
+    path = tmp_path / "s.tar"
+    path.write_bytes(tar(("1.jpg", b"one"), end=False) + lie + tar(("3.jpg", b"three")))
+    batches = Source(InputConfig(uri=str(path)), "image", IMAGES).batches()
+    first = next(batches).to_pylist()  # of a listing without end it is 256 rows
+    assert [row["uri"] for row in first] == [f"tar://1.jpg::{path}", str(path)]
+    assert list(batches) == []
+    assert fetched(first[1]) == lie[:512] or first[1]["size_bytes"] == 0
+
+
 @pytest.mark.parametrize("data", [b"", b"no tar", b"\xff" * 5000])
 def test_what_is_no_tar_at_all_is_one_row(tmp_path, data):
     (tmp_path / "s.tar").write_bytes(data)
@@ -179,7 +228,14 @@ def test_an_http_server_without_ranges_is_named(web):
         handler.end_headers()
         handler.wfile.write(tar(("1.jpg", b"1")))
 
-    web.routes["/s.tar"] = route
-    web_uri = f"{web.url}/s.tar"
-    with pytest.raises(SourceError, match="knows no ranges"):
-        listed(web_uri)
+    def sized(handler):
+        data = tar(("1.bin", bytes(2 << 20)), ("2.jpg", b"2"))
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    web.routes |= {"/s.tar": route, "/t.tar": sized}
+    for name in ("s.tar", "t.tar"):
+        with pytest.raises(SourceError, match=f"{name}: the server knows no ranges"):
+            listed(f"{web.url}/{name}")
