@@ -56,22 +56,38 @@ def manifest_assets(config: InputConfig, skipped: Skipped) -> Iterator[Asset]:
 
 def _assets(config: InputConfig, skipped: Skipped) -> Iterator[Asset]:
     for uri in _files(config):
-        for row in _rows(uri, config):
-            named = _text(row.get(config.uri_column))
+        manifest = redact(uri)
+        for place, row in _rows(uri, config):
+            where = f"{manifest}: {place}"
+            named = _cell(row, config.uri_column, where)
             if named is None or not named.strip():
                 skipped.add("no uri in manifest row")
                 continue
+            if "\0" in named:
+                message = f"{where}: {config.uri_column}: holds a NUL character, which no name may"
+                raise SourceError(message)
             variables = None
             if config.variable_columns:
-                values = {name: _text(row.get(name)) for name in config.variable_columns}
+                values = {name: _cell(row, name, where) for name in config.variable_columns}
                 given = {name: value for name, value in values.items() if value is not None}
                 variables = json.dumps(given, sort_keys=True, ensure_ascii=False)
             yield Asset(
                 fetch_uri=resolve(named, uri),
-                version=_text(row.get(config.version_column or "")) or "",
-                source_id=_text(row.get(config.id_column or "")),
+                version=_cell(row, config.version_column, where) or "",
+                source_id=_cell(row, config.id_column, where),
                 variables=variables,
             )
+
+
+def _cell(row: Row, column: str | None, where: str) -> str | None:
+    """The row's value of `column` as text; None without one, or where the job names no column."""
+    text = None if column is None else _text(row.get(column))
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # half of a pair, which only JSON's escapes can write
+        message = f"{where}: {column}: holds {error.object[error.start]!a}, which is no character"
+        raise SourceError(message) from error
+    return text
 
 
 def resolve(named: str, manifest: str) -> str:
@@ -122,7 +138,8 @@ def _files(config: InputConfig) -> Iterator[str]:
         raise SourceError(f"{redact(uri)}: a folder given as manifest must hold .parquet files")
 
 
-def _rows(uri: str, config: InputConfig) -> Iterator[Row]:
+def _rows(uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
+    """Each row with its place, for messages."""
     name = uri.lower().partition("?")[0]
     try:
         with opened(uri, config.storage_options) as file:
@@ -141,26 +158,27 @@ def _rows(uri: str, config: InputConfig) -> Iterator[Row]:
         raise refusal(uri, error) from error
 
 
-def _parquet(file: Any, uri: str, config: InputConfig) -> Iterator[Row]:  # noqa: ANN401
+def _parquet(file: Any, uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:  # noqa: ANN401
     try:
         parquet = pq.ParquetFile(file)
         wanted = _check(parquet.schema_arrow.names, uri, config)
+        count = itertools.count(1)
         for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
-            yield from batch.to_pylist()
+            yield from ((f"row {next(count)}", row) for row in batch.to_pylist())
     except (ValueError, pa.ArrowException) as error:
         raise SourceError(f"{redact(uri)}: not a whole Parquet file: {error}") from error
 
 
-def _csv(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[Row]:
+def _csv(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
     reader = csv.DictReader(text, strict=True)
     try:
         _check(reader.fieldnames or (), uri, config)
-        yield from reader
+        yield from ((f"line {reader.line_num}", row) for row in reader)
     except csv.Error as error:
         raise SourceError(f"{redact(uri)}: line {reader.line_num}: not CSV: {error}") from error
 
 
-def _json_lines(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[Row]:
+def _json_lines(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
     checked = False
     for number, line in enumerate(text, 1):
         if not line.strip():
@@ -169,12 +187,17 @@ def _json_lines(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterat
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise SourceError(f"{redact(uri)}: line {number}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            message = (
+                f"{redact(uri)}: line {number}: a number too long or lists too deep to be read"
+            )
+            raise SourceError(message) from error
         if not isinstance(row, dict):
             raise SourceError(f"{redact(uri)}: line {number}: must be an object with columns")
         if not checked:
             _check(row, uri, config)
             checked = True
-        yield row
+        yield f"line {number}", row
 
 
 def _check(columns: Iterable[str], uri: str, config: InputConfig) -> list[str]:

@@ -213,6 +213,44 @@ def test_a_damaged_manifest_stops_the_run_with_its_name(tmp_path, name, data, wo
     assert words in message
 
 
+NUL = as_parquet([{"uri": "a.jpg", "id": "1"}] * 2000 + [{"uri": "b\0.jpg", "id": "1"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        (
+            "m.jsonl",
+            b'{"uri": "a.jpg", "id": 1}\n{"uri": "b\\u0000.jpg"}',
+            "line 2: uri: holds a NUL",
+        ),
+        ("m.csv", b"uri,id\na.jpg,1\nb\0.jpg,2", "line 3: uri: holds a NUL"),
+        ("m.parquet", NUL, "row 2001: uri: holds a NUL"),
+        ("m.jsonl", b'{"uri": "\\ud800.jpg", "id": 1}', "line 1: uri: holds '\\ud800'"),
+        ("m.jsonl", b'{"uri": "s3://b/\\ud800.jpg", "id": 1}', "line 1: uri: holds '\\ud800'"),
+        ("m.jsonl", b'{"uri": "a.jpg", "id": "\\ud83d"}', "line 1: id: holds '\\ud83d'"),
+        ("m.jsonl", b'{"uri": "a", "id": ' + b"9" * 5000 + b"}", "line 1: a number too long"),
+        (
+            "m.jsonl",
+            b'{"uri": "a", "id": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+            "line 1: a number",
+        ),
+    ],
+    ids=range(8),
+)
+def test_a_row_that_is_no_text_is_named_by_line_and_column(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    message = refused(tmp_path / name, id_column="id", variable_columns=("id",), stat=False)
+    assert f"{tmp_path}/{name}: {words}" in message
+
+
+def test_a_column_without_a_name_is_nobodys_id(tmp_path):
+    # as pandas writes its index
+    (tmp_path / "m.csv").write_text(",uri\n0,a.jpg\n")
+    rows, _ = listed(tmp_path / "m.csv", stat=False)
+    assert (rows[0]["source_id"], rows[0]["version"]) == (None, "")
+
+
 def test_a_manifest_of_unknown_form_names_the_known_ones(tmp_path):
     (tmp_path / "m.txt").write_text("a.jpg")
     assert ".jsonl" in refused(tmp_path / "m.txt", kind="manifest")
