@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import fsspec
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from operators.stores import (
     HTTP,
@@ -32,6 +33,7 @@ from pipeline.store import s3_head, s3_pages
 # larger ones are seeked over. 1 MiB: about 1000 requests and half a minute for a 1 GiB shard of
 # small pictures, where a request for each header takes minutes.
 WINDOW_BYTES = 1 << 20
+STAT_RETRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +119,34 @@ def _local(
             yield from _local(path, f"{name}{last}/", above, skipped, excluded)
         else:
             try:
-                status = os.stat(path)
-            except OSError:
-                # gone, or a link to nothing: the fetch gives it its code
+                status = _stat(path)
+            except OSError as error:
+                if not (_is_rows_own(error) or excluded(name + last)):
+                    raise refusal(path, error) from error
+                # gone, forbidden, or a link to nothing: the fetch gives it its code
                 yield Entry(name + last, Asset(path))
                 continue
             if stat.S_ISREG(status.st_mode):
                 yield Entry(name + last, _local_asset(path, status))
             else:
                 skipped.add("not a regular file")
+
+
+def _stat(path: str) -> os.stat_result:
+    """os.stat, asked again where a network's or a bucket's mount had a hiccup."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if not classify(error)[1]:
+            raise
+    # Not from the start: the retrying costs 0.2 ms a file, the stat itself 0.01 ms.
+    again = Retrying(
+        stop=stop_after_attempt(STAT_RETRIES),
+        wait=wait_random_exponential(multiplier=0.1, max=1),
+        retry=retry_if_exception(lambda error: classify(error)[1]),
+        reraise=True,
+    )
+    return again(os.stat, path)
 
 
 def _local_asset(path: str, status: os.stat_result) -> Asset:
@@ -155,8 +176,8 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
 
     A file that is missing or forbidden keeps its row (the fetch gives it its code) unless it
     `must_exist`. Missing is a version: when the file comes back it has another, and is another
-    asset. An http(s) one stays as it is. A store that does not answer is a SourceError: without
-    the version the same file would pass for another asset.
+    asset. An http(s) one stays as it is. A store or a disk that does not answer is a SourceError:
+    without the version the same file would pass for another asset.
     """
     uri = asset.fetch_uri
     scheme = protocol(uri)
@@ -164,7 +185,7 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
         return asset
     try:
         if scheme in LOCAL:
-            status = os.stat(uri)
+            status = _stat(uri)
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(uri)
             found = _local_asset(uri, status)
@@ -178,7 +199,7 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
                 info = store.info(path)
                 version, size = version_of(info), info["size"]
     except LISTING_FAULTS as error:
-        if must_exist or not _is_rows_own(uri, error):
+        if must_exist or not _is_rows_own(error):
             raise refusal(uri, error) from error
         gone = not isinstance(error, StoreError) and classify(error)[0] == "fetch.not_found"
         return replace(asset, version=MISSING) if gone else asset
@@ -194,7 +215,7 @@ def opened(uri: str, storage_options: Mapping[str, Any]) -> IO[bytes]:
     return file
 
 
-def _is_rows_own(uri: str, error: Exception) -> bool:
-    if isinstance(error, StoreError):
-        return True
-    return protocol(uri) in LOCAL or classify(error)[0] in ("fetch.not_found", "fetch.forbidden")
+def _is_rows_own(error: Exception) -> bool:
+    """Whether the fetch will say the same of this one file, and not the store of all of them."""
+    own = ("fetch.not_found", "fetch.forbidden")
+    return isinstance(error, StoreError) or classify(error)[0] in own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tracemalloc
 from pathlib import Path
@@ -164,6 +165,35 @@ def test_links_are_followed_once_and_dead_ones_keep_their_row(tmp_path):
     assert [row["uri"] for row in rows] == [f"{tmp_path}/a.jpg", f"{tmp_path}/dead.jpg"]
     assert (rows[1]["version"], rows[1]["size_bytes"]) == ("", None)
     assert found(tmp_path)[1] == {"link to a folder above it": 1, "not a regular file": 1}
+
+
+def test_a_file_whose_disk_gives_no_status_stops_the_listing(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "list.csv").write_text("uri\na.jpg\nb.jpg\n")
+    assets = {uri: list(source(uri).batches()) for uri in (tmp_path, tmp_path / "list.csv")}
+    stat, asked = os.stat, []
+
+    def faulty(code, times):
+        asked.clear()
+
+        def faulty_stat(path, **given):
+            if str(path).endswith("b.jpg"):
+                asked.append(path)
+                if len(asked) <= times:
+                    raise OSError(code, os.strerror(code))
+            return stat(path, **given)
+
+        monkeypatch.setattr(os, "stat", faulty_stat)
+
+    for uri, before in assets.items():
+        faulty(errno.EIO, 2)
+        assert list(source(uri).batches()) == before
+        faulty(errno.EIO, 1000)
+        assert f"{tmp_path}/b.jpg: cannot be reached" in refused(uri)
+        assert len(asked) == 4
+        faulty(errno.EACCES, 1000)  # this one's own: the fetch gives it its code
+        assert len(found(uri)[0]) == 2
+    assert found(tmp_path, exclude=("b.*",))[0] == [f"{tmp_path}/a.jpg"]
 
 
 def test_a_name_that_is_no_utf8_is_counted(tmp_path):
