@@ -21,7 +21,7 @@ import pyarrow as pa
 from operators.score import Edits, Measured, measure, normaliser_for
 from pipeline.assemble import MARKER, RESULTS_FOLDER, read_marker, read_part
 from pipeline.references import EvaluateError, Reference, References, Row, matched
-from pipeline.source_rows import LISTING_FAULTS, refusal
+from pipeline.source_rows import listing_faults, refusal
 from pipeline.store import Store
 
 COLUMNS = ["asset_id", "uri", "source_id", "status", "modality", "text", "transcript", "language"]
@@ -71,7 +71,7 @@ def open_output(uri: str, storage_options: Mapping[str, Any]) -> Output:
             newest = json.loads(folder.read("latest.json"))["fingerprint"]
             folder = Store(f"{uri.rstrip('/')}/{newest}", storage_options)
         marker = read_marker(folder)
-    except LISTING_FAULTS as error:
+    except listing_faults(uri) as error:
         raise EvaluateError(str(refusal(uri, error))) from error
     if marker is None:
         raise EvaluateError(f"{folder.url(MARKER)} is missing: no run has finished here")

@@ -24,10 +24,10 @@ from operators.stores import HTTP, LOCAL, SCHEME, filesystem, local_path, protoc
 from pipeline.config import InputConfig
 from pipeline.source_list import entries, opened, stat_asset
 from pipeline.source_rows import (
-    LISTING_FAULTS,
     Asset,
     Skipped,
     SourceError,
+    listing_faults,
     normalise,
     refusal,
 )
@@ -119,7 +119,7 @@ def _files(config: InputConfig) -> Iterator[str]:
         try:
             store, path = filesystem(uri, config.storage_options)
             folder = protocol(uri) not in HTTP and bool(store.isdir(path))
-        except LISTING_FAULTS as error:
+        except listing_faults(uri) as error:
             raise refusal(uri, error) from error
     if not folder:
         if not uri.lower().partition("?")[0].endswith(MANIFESTS):
@@ -154,7 +154,7 @@ def _rows(uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
         raise SourceError(f"{redact(uri)}: the manifest is not UTF-8 text") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{redact(uri)}: the manifest is damaged gzip: {error}") from error
-    except LISTING_FAULTS as error:
+    except listing_faults(uri) as error:
         raise refusal(uri, error) from error
 
 

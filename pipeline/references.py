@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from operators.stores import HTTP, protocol, reason, redact, unsigned
 from pipeline.manifest import CSV, MANIFESTS, PARQUET, resolve
 from pipeline.source_list import opened
-from pipeline.source_rows import LISTING_FAULTS
+from pipeline.source_rows import listing_faults
 
 # The most exact first: the first one that the references have is the key.
 KEYS = ("asset_id", "source_id", "uri")
@@ -109,7 +109,7 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
             rows = [json.loads(line) for line in text if line.strip()]
     except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error) as error:
         raise EvaluateError(f"{redact(uri)}: not a whole file of its kind: {error}") from error
-    except LISTING_FAULTS as error:
+    except listing_faults(uri) as error:
         raise EvaluateError(f"{redact(uri)}: cannot be read: {reason(error)}") from error
     finally:
         csv.field_size_limit(limit)

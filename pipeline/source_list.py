@@ -26,7 +26,7 @@ from operators.stores import (
     protocol,
     split_bucket,
 )
-from pipeline.source_rows import LISTING_FAULTS, Asset, Skipped, SourceError, refusal, version_of
+from pipeline.source_rows import Asset, Skipped, SourceError, listing_faults, refusal, version_of
 from pipeline.store import s3_head, s3_pages
 
 # What one request brings of a manifest or tar shard. Tar members below it are read in passing,
@@ -67,7 +67,7 @@ def entries(
             yield from _s3(store, scheme, path, allow_missing)
         else:
             yield from _walk(store, path.rstrip("/"), path.rstrip("/"), frozenset())
-    except LISTING_FAULTS as error:
+    except listing_faults(prefix) as error:
         raise refusal(prefix, error) from error
 
 
@@ -198,7 +198,7 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
             else:
                 info = store.info(path)
                 version, size = version_of(info), info["size"]
-    except LISTING_FAULTS as error:
+    except listing_faults(uri) as error:
         if must_exist or not _is_rows_own(error):
             raise refusal(uri, error) from error
         gone = not isinstance(error, StoreError) and classify(error)[0] == "fetch.not_found"

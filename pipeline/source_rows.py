@@ -22,6 +22,7 @@ from operators.stores import (
     STORE_FAULTS,
     StoreError,
     classify,
+    faults_of,
     local_path,
     protocol,
     reason,
@@ -160,7 +161,14 @@ def _batch(rows: list[tuple[object, ...]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=FOUND)
 
 
-LISTING_FAULTS: tuple[type[Exception], ...] = (*STORE_FAULTS, StoreError)
+def listing_faults(uri: str) -> tuple[type[Exception], ...]:
+    """What listing or opening `uri` raises when its store fails, or cannot be had."""
+    try:
+        own = faults_of(uri) if protocol(uri) in ("gs", "gcs") else STORE_FAULTS
+    except ImportError:  # without gcsfs there is no such store
+        own = STORE_FAULTS
+    return (*own, StoreError)
+
 
 ADVICE = {
     "fetch.not_found": "does not exist; check the spelling, the bucket and the endpoint",

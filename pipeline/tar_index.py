@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from operators.stores import StoreError, classify, redact
 from pipeline.source_list import opened
-from pipeline.source_rows import LISTING_FAULTS, Asset, Skipped, SourceError, refusal
+from pipeline.source_rows import Asset, Skipped, SourceError, listing_faults, refusal
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 # Beyond the end mark tar pads with zeros, by default up to 10 KiB; so far we look for more.
@@ -92,7 +92,7 @@ def members(
     try:
         with opened(uri, storage_options) as file:
             yield from _headers(_HeaderFile(file, uri), shard, wanted, skipped)
-    except LISTING_FAULTS as error:
+    except listing_faults(uri) as error:
         own = ("fetch.not_found", "fetch.forbidden")
         if isinstance(error, StoreError) or classify(error)[0] not in own:
             raise refusal(uri, error) from error

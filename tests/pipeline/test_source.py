@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import pytest
+from fsspec.registry import _registry
 
 from operators.fetch import Fetch, Ref
 from operators.schema import FOUND
@@ -262,6 +266,32 @@ def test_a_listing_that_breaks_half_way_is_refused(s3):
 def test_an_endpoint_nobody_answers_is_refused(s3):
     options = {**s3.options, "endpoint_url": "http://127.0.0.1:1", **QUICK}
     assert "check the endpoint" in refused("s3://bucket/x", storage_options=options)
+
+
+class Unavailable(Exception):
+    """As gcsfs.retry.HttpError: derived from no store's error."""
+
+    code = 503
+
+
+class Down(fsspec.AbstractFileSystem):
+    cachable = False
+
+    def ls(self, path, detail=True, **given):
+        raise Unavailable
+
+    def info(self, path, **given):
+        raise Unavailable
+
+
+def test_googles_own_errors_are_refused(tmp_path, monkeypatch):
+    auth = SimpleNamespace(GoogleAuthError=Unavailable)
+    monkeypatch.setitem(sys.modules, "gcsfs.retry", SimpleNamespace(HttpError=Unavailable))
+    monkeypatch.setitem(sys.modules, "google.auth.exceptions", auth)
+    monkeypatch.setitem(_registry, "gs", Down)
+    (tmp_path / "list.csv").write_text("uri\ngs://bucket/a.jpg\n")
+    for uri in ("gs://bucket/x/", "gs://bucket/a.jpg", "gs://bucket/a.tar", tmp_path / "list.csv"):
+        assert "check the endpoint and the network (HTTP 503)" in refused(uri)
 
 
 @pytest.mark.parametrize(
