@@ -33,7 +33,8 @@ ENTRIES = (
 # Where to look for the data chunk; tags and cue points may stand before it.
 WAV_CHUNKS = 64
 WAV_NO_LENGTH = 0x7FFFF000
-CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+# A tag is anybody's text: of more digits Python makes no number.
+CLOCK = re.compile(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,18 @@ def test_a_header_that_claims_years(tmp_path: Path) -> None:
     assert code_of(path) == "decode.corrupt"
 
 
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_tag_of_more_digits_than_a_number_has_is_no_duration(tmp_path: Path, digits: int) -> None:
+    path = tmp_path / "a.mka"
+    wav = write(tmp_path / "a.wav", tone(2))
+    tag = f"DURATIOX={'9' * digits}:00:00"
+    # to a pipe: no header says how long it is
+    command = ["ffmpeg", "-v", "error", "-i", str(wav), "-metadata:s:a:0", tag]
+    done = subprocess.run([*command, "-f", "matroska", "pipe:"], capture_output=True, check=True)
+    path.write_bytes(done.stdout.replace(b"DURATIOX", b"DURATION"))
+    assert probe_audio(str(path), SETTINGS).duration_s == pytest.approx(2, abs=0.1)
+
+
 def _with_picture(path: Path, source: tuple[str, ...], options: tuple[str, ...]) -> Path:
     wav = write(path.with_suffix(".wav"), tone(2))
     command = ["ffmpeg", "-v", "error", *source, "-i", str(wav), *options, str(path)]
