@@ -34,6 +34,8 @@ EDGE_FRAMES = 3
 # From so early on the file is read from its start: ffprobe seeks forward to a time that is not after 0.
 START_S = 1.0
 LINE_BYTES = 64
+# 285 years: a damaged header's times may exceed what 64 bits hold.
+MOST_US = 1 << 53
 
 # shown, length, decoded, key, visible, whether the time of showing was given
 Line = tuple[int, int, int, bool, bool, bool]
@@ -83,11 +85,14 @@ class FrameIndex:
     def start(self, place: int) -> int | None:
         """The key frame from which a picture can be decoded: the last one not shown after it.
 
-        With times of decoding only, some that are due after a key frame are shown before it.
+        With times of decoding only, some that are due after a key frame are shown before it, and are
+        decoded from the one before. Nothing but the first key frame is before those at the start.
         """
-        last = max(0, place - UNORDERED_FRAMES) if self.shift_us else place
-        keys = np.flatnonzero(self.key[: last + 1])
-        return int(keys[-1]) if len(keys) else None
+        keys = np.flatnonzero(self.key[: place + 1])
+        if not len(keys):
+            return None
+        early = keys[keys <= place - UNORDERED_FRAMES] if self.shift_us else keys
+        return int(early[-1] if len(early) else keys[0])
 
 
 def read_index(
@@ -154,11 +159,13 @@ def _read(
 
 
 def _line(text: bytes) -> Line | None:
-    """A packet; None without any time."""
+    """A packet; None without any time, or with one that cannot be."""
     parts = text.split(b",")
     if len(parts) < 4:
         return None
     shown, decoded, length = (_microseconds(part) for part in parts[:3])
+    if any(abs(given) > MOST_US for given in (shown, decoded, length) if given is not None):
+        return None
     if shown is None and decoded is None:
         return None
     time_us = decoded if shown is None else shown

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from video import FORMATS, FPS, number_of, numbered_video
+from video import FORMATS, FPS, X264, number_of, numbered_video
 
 from operators.decode_video import Frame, Missing, decode_frames
 from operators.errors import MediaError
 from operators.probe_video import probe_video
 from operators.settings import VideoSettings
+from operators.shots import segments
 
 SETTINGS = VideoSettings(timeout_s=30, min_s=1, max_s=4)
 COUNT = 150
@@ -111,3 +112,43 @@ def test_garbage_in_the_middle(whole: dict[str, bytes], tmp_path: Path) -> None:
     assert isinstance(found[0], Frame)
     assert isinstance(found[-1], Frame)
     assert number_of(found[-1].pixels) == pytest.approx(5.3 * FPS, abs=1)
+
+
+@pytest.mark.parametrize("name", ["b.avi", "h264.avi"])
+def test_a_file_whose_first_picture_is_no_key_frame(tmp_path: Path, name: str) -> None:
+    """The first chunk's name is damaged; pictures come out of order, and AVI does not say when."""
+    data = bytearray(numbered_video(tmp_path / "whole.avi", COUNT, *FORMATS[name]).read_bytes())
+    first = data.index(b"movi") + 4
+    data[first : first + 4] = b"junk"
+    path = tmp_path / name
+    path.write_bytes(data)
+    facts = probe_video(str(path), SETTINGS)
+    found = segments(str(path), facts, 0, SETTINGS)
+    assert (found[0].start_s, found[-1].end_s) == (0, pytest.approx(COUNT / FPS, abs=0.1))
+    # the pictures from the first key frame on; the lost one is missing from the count
+    lost, *frames = decode_frames(str(path), facts, [0.5, 1.7, 2.9], SETTINGS)
+    assert isinstance(lost, Missing)
+    assert [number_of(one.pixels) for one in frames if isinstance(one, Frame)] == [43, 73]
+
+
+@pytest.mark.parametrize("time_ms", [1 << 55, 1 << 62])
+def test_pictures_at_a_time_that_no_number_holds(tmp_path: Path, time_ms: int) -> None:
+    """Matroska's header is whole, and one of its clusters of a second claims to be of a distant age."""
+    options = (*X264, "-g", "25", "-cluster_time_limit", "1000")
+    data = numbered_video(tmp_path / "whole.mkv", 4 * FPS, *options).read_bytes()
+    mark = bytes.fromhex("1f43b675")
+    start = data.index(mark, data.index(mark, data.index(mark) + 4) + 4)
+    end = data.index(mark, start + 4)
+    time_at = data.index(b"\xe7", start + 4)
+    blocks = data[time_at + 2 + (data[time_at + 1] & 0x7F) : end]
+    size = (1 << 56 | 10 + len(blocks)).to_bytes(8, "big")
+    cluster = mark + size + b"\xe7\x88" + time_ms.to_bytes(8, "big") + blocks
+    path = tmp_path / "a.mkv"
+    path.write_bytes(data[:start] + cluster + data[end:])
+    facts = probe_video(str(path), SETTINGS)
+    assert segments(str(path), facts, 0, SETTINGS)
+    found = decode_frames(str(path), facts, [0.5, 1.7, 2.5, 3.5], SETTINGS)
+    frames = [one for one in found if isinstance(one, Frame)]
+    assert [number_of(one.pixels) for one in frames[:2]] == [12, 42]
+    for one in frames:
+        assert number_of(one.pixels) == pytest.approx(one.time_s * FPS, abs=0.1)
