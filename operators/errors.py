@@ -33,7 +33,9 @@ FAILURES: dict[str, Failure] = {
     "decode.no_video": Failure("the file has no moving pictures"),
     "decode.too_short": Failure("there is less than 0.1 s of sound"),
     "decode.corrupt": Failure("the file is damaged or ends early"),
-    "decode.too_large": Failure("the picture has more pixels than image.max_pixels"),
+    "decode.too_large": Failure(
+        "the picture has more pixels than image.max_pixels or video.max_pixels"
+    ),
     "decode.timeout": Failure("decoding took longer than its section's timeout_s"),
     "decode.crashed": Failure("the decoder process died on this file"),
     "decode.out_of_memory": Failure("decoding needed more than its section's max_memory_bytes"),

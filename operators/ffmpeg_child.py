@@ -164,4 +164,4 @@ def run(
     message = said.decode("utf-8", "replace")
     status = 0 if cut else process.returncode
     section = "video" if isinstance(settings, VideoSettings) else "audio"
-    return Done(status, bytes(out[:most_bytes]), message, cut, bytes(noted), section)
+    return Done(status, bytes(memoryview(out)[:most_bytes]), message, cut, bytes(noted), section)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from operators.decode_video import Frame, decode_frames
+from operators.decode_video import Frame, Missing, decode_frames
 from operators.errors import MediaError
-from operators.patchify import target_size
+from operators.patchify import fit, target_size
 from operators.prepare_video import prepare_video
 from operators.prepared import Row, Window, check_division
 from operators.probe_video import VideoFacts, probe_video
@@ -23,7 +25,7 @@ from operators.settings import VideoSettings
 from operators.shots import Segment, segments, spans
 from operators.stitch import Heard, named
 
-# Of whole pictures held at once: 82 of 1920x1080, 20 of 3840x2160.
+# Of whole pictures held at once: 86 of 1920x1080, 21 of 3840x2160, 5 of 7680x4320.
 MOST_PIXEL_BYTES = 1 << 29
 
 
@@ -68,39 +70,51 @@ class PrepareFrames:
     def _frames(
         self, path: str, facts: VideoFacts, wanted: Sequence[Segment]
     ) -> Iterator[tuple[Segment, list[Frame], str]]:
-        """(segment, its frames, what is missing of them), some segments decoded together."""
-        for group in self._groups(facts, wanted):
-            times = [self._times(segment) for segment in group]
-            asked = [time_s for segment_times in times for time_s in segment_times]
-            try:
-                decoded = iter(decode_frames(path, facts, asked, self._video, self._size(facts)))
-            except MediaError as error:
-                if error.code != "decode.corrupt":
-                    raise
-                yield from ((segment, [], error.message) for segment in group)
-                continue
-            for segment, segment_times in zip(group, times, strict=True):
-                found = [next(decoded) for _ in segment_times]
-                frames = [one for one in found if isinstance(one, Frame)]
-                lost = len(found) - len(frames)
-                yield segment, frames, f"{lost} of {len(found)}" if lost else ""
+        """(segment, its frames at the size of their patches, what is missing of them)."""
+        for segment, moments in groupby(self._moments(path, facts, wanted), itemgetter(0)):
+            found = [one for _, one in moments]
+            frames = [one for one in found if isinstance(one, Frame)]
+            lost = [one for one in found if not isinstance(one, Frame)]
+            missing = f"{len(lost)} of {len(found)}" if lost else ""
+            if not frames and isinstance(lost[0], MediaError):
+                missing = lost[0].message
+            yield segment, frames, missing
 
-    def _groups(self, facts: VideoFacts, wanted: Sequence[Segment]) -> Iterator[list[Segment]]:
+    def _moments(
+        self, path: str, facts: VideoFacts, wanted: Sequence[Segment]
+    ) -> Iterator[tuple[Segment, Frame | Missing | MediaError]]:
+        """What there is of each moment, in order. As many are decoded together as may be held."""
+        video = self._video
         width, height = self._size(facts)
-        group: list[Segment] = []
-        held = 0
-        for segment in wanted:
-            size = len(self._times(segment)) * width * height * 3
-            if group and held + size > self._most_pixel_bytes:
-                yield group
-                group, held = [], 0
-            group.append(segment)
-            held += size
-        if group:
-            yield group
+        together = max(1, self._most_pixel_bytes // (width * height * 3))
+        moments = [
+            (segment, time_s)
+            for segment in wanted
+            for time_s in sample_times(*segment, video.fps, video.max_frames)
+        ]
+        for first in range(0, len(moments), together):
+            part = moments[first : first + together]
+            found = self._decoded(path, facts, [time_s for _, time_s in part])
+            yield from zip([segment for segment, _ in part], found, strict=True)
 
-    def _times(self, segment: Segment) -> list[float]:
-        return sample_times(*segment, self._video.fps, self._video.max_frames)
+    def _decoded(
+        self, path: str, facts: VideoFacts, times_s: Sequence[float]
+    ) -> Sequence[Frame | Missing | MediaError]:
+        """The whole pictures are let go when this returns."""
+        try:
+            decoded = decode_frames(path, facts, times_s, self._video, self._size(facts))
+        except MediaError as error:
+            if error.code != "decode.corrupt":
+                raise
+            return [error] * len(times_s)
+        width, height = facts.display_size
+        budget = self._video.max_soft_tokens
+        return [
+            Frame(one.time_s, fit(one.pixels, budget, (height, width)))
+            if isinstance(one, Frame)
+            else one
+            for one in decoded
+        ]
 
     def _size(self, facts: VideoFacts) -> tuple[int, int]:
         """(width, height) of the decoder's pictures."""

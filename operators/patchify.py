@@ -74,14 +74,22 @@ def patchify(
     `shown` is (height, width) of the whole picture where `pixels` is a scaled decode of it, so that
     the grid does not depend on the decoder's scale. Raises MediaError prepare.aspect_ratio.
     """
-    whole_height, whole_width = shown or (pixels.shape[0], pixels.shape[1])
-    height, width = target_size(whole_height, whole_width, budget)
-    if pixels.shape[:2] != (height, width):
-        pixels = _resize(pixels, height, width)
-    rows, columns = height // PATCH_PX, width // PATCH_PX
-    grid = pixels.reshape(rows, PATCH_PX, columns, PATCH_PX, 3).transpose(0, 2, 1, 3, 4)
+    fitted = fit(pixels, budget, shown)
+    rows, columns = fitted.shape[0] // PATCH_PX, fitted.shape[1] // PATCH_PX
+    grid = fitted.reshape(rows, PATCH_PX, columns, PATCH_PX, 3).transpose(0, 2, 1, 3, 4)
     values = np.ascontiguousarray(grid).reshape(rows * columns, PATCH_VALUES)
     return Patches(values, columns, rows)
+
+
+def fit(
+    pixels: npt.NDArray[np.uint8], budget: int, shown: tuple[int, int] | None = None
+) -> npt.NDArray[np.uint8]:
+    """`pixels` at the size of its patches, uint8 [rows * 48, columns * 48, 3]; the rest as `patchify`."""
+    whole_height, whole_width = shown or (pixels.shape[0], pixels.shape[1])
+    height, width = target_size(whole_height, whole_width, budget)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return _resize(pixels, height, width)
 
 
 def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:

@@ -115,7 +115,7 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
     nominal, average = _rate(stream.get("r_frame_rate")), _rate(stream.get("avg_frame_rate"))
     order = stream.get("field_order") or "unknown"
     transfer = _known(stream.get("color_transfer"))
-    return VideoFacts(
+    facts = VideoFacts(
         index=int(stream["index"]),
         codec=stream["codec_name"],
         width=width,
@@ -138,6 +138,13 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
         seeks_to_keys=not header.formats & NO_KEY_SEEK,
         counted=counted,
     )
+    width, height = facts.display_size
+    if width * height > settings.max_pixels:
+        raise MediaError(
+            "decode.too_large",
+            f"{width}x{height} is {width * height} pixels; video.max_pixels is {settings.max_pixels}",
+        )
+    return facts
 
 
 def _rotation(stream: dict[str, Any]) -> int:

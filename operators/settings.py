@@ -185,6 +185,8 @@ class VideoSettings(Settings):
     )
     # fps 1 at 70 tokens: 120 frames, 58 MB of patches in a row; 300 s would be 145 MB
     span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 120.0
+    # of a frame; 8192x8192 is 67 million, and 200 MB for each that a worker holds
+    max_pixels: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 70_000_000
     max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 4 << 30
     timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def prompt(nano: Path) -> VideoPrompt:
 def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("videos") / "a.mp4"
     return numbered_video(path, 40 * FPS, *X264, "-g", "30", fps=FPS)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "a.mp4"
+    options = ("-vf", "scale=1920:1080", "-c:v", "libx264", "-preset", "ultrafast", "-g", "4")
+    return numbered_video(path, 32, *options, fps=1)
 
 
 def files(ref: Ref, version: str | None) -> AbstractContextManager[LocalFile]:
@@ -93,6 +101,22 @@ def test_many_large_frames_are_decoded_some_at_a_time(numbered: Path, prompt: Vi
     (parts,) = run(numbered, prompt, video, most_pixel_bytes=5 * WIDTH * HEIGHT * 3)
     assert parts["window_media_hash"] == whole["window_media_hash"]
     assert len(parts["window_media_hash"]) == 10
+
+
+def test_a_segment_of_large_frames_is_not_held_whole(large: Path, prompt: VideoPrompt) -> None:
+    """32 frames of 1920x1080 are 199 MB; four of them at a time, and what becomes of all."""
+    width, height = 1920, 1080
+    video = VideoSettings(segment="whole", min_s=1)
+    tracemalloc.start()
+    try:
+        (parts,) = run(large, prompt, video, most_pixel_bytes=4 * width * height * 3)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6
+    (whole,) = run(large, prompt, video)
+    assert parts["window_media_hash"] == whole["window_media_hash"]
+    assert parts["error_message"] is None
 
 
 def test_a_file_that_ends_early_names_its_gaps(

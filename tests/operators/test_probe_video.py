@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from media import encode, photo
 from sound import tone, write
-from video import FORMATS, X264, numbered_video
+from video import FORMATS, X264, numbered_video, write_video
 
 from operators.errors import MediaError
 from operators.probe_video import probe_video
@@ -116,6 +116,18 @@ def test_sound_longer_than_the_pictures(tmp_path: Path) -> None:
         facts = probe_video(str(path), SETTINGS)
         assert facts.has_sound
         assert facts.duration_s == pytest.approx(2, abs=0.1), name
+
+
+def test_pictures_of_too_many_pixels(tmp_path: Path) -> None:
+    path = write_video(
+        tmp_path / "a.mp4", [np.zeros((96, 64, 3), np.uint8)], *X264, "-vf", "setsar=2"
+    )
+    # as they are shown: a wide pixel is two
+    assert probe_video(str(path), VideoSettings(max_pixels=128 * 96)).width == 64
+    with pytest.raises(MediaError) as error:
+        probe_video(str(path), VideoSettings(max_pixels=128 * 96 - 1))
+    assert error.value.code == "decode.too_large"
+    assert error.value.message == "128x96 is 12288 pixels; video.max_pixels is 12287"
 
 
 def test_what_is_no_video(tmp_path: Path) -> None:

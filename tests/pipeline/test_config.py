@@ -87,6 +87,7 @@ def test_the_fingerprint_sees_what_changes_an_answer_and_nothing_else(tmp_path: 
         "fetch.timeout_s=1",
         "image.timeout_s=1",
         "image.max_pixels=1000",
+        "video.max_pixels=1000",
         "limits.max_assets=3",
         "prompt.preset=caption-dense",
     ]:
