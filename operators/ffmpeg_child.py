@@ -28,7 +28,8 @@ FORMATS = (
     ",gif,gsm,gxf,ivf,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,mxf,nsv,nut,ogg,oma,qcp,rm,sox"
     ",swf,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma,yuv4mpegpipe"
 )
-PROTOCOLS = "file,pipe"
+# subfile: the beginning of a local file (VideoFacts.url)
+PROTOCOLS = "file,pipe,subfile"
 INPUT = ("-protocol_whitelist", PROTOCOLS, "-format_whitelist", FORMATS)
 # Of what it says: the first lines name the cause, thousands may follow.
 MESSAGE_BYTES = 4000

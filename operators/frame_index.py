@@ -149,7 +149,7 @@ def _read(
     command = [
         *("ffprobe", "-v", "error", *INPUT, "-select_streams", str(facts.index)),
         *("-show_entries", "packet=pts_time,dts_time,duration_time,flags"),
-        *("-of", "csv=p=0", "-read_intervals", ",".join(intervals), "-i", f"file:{path}"),
+        *("-of", "csv=p=0", "-read_intervals", ",".join(intervals), "-i", facts.url(path)),
     ]
     wanted_s = sum(end_s - start_s + margin_s for start_s, end_s in stretches_s)
     # ten times what the rate says: a wrong rate is a header's usual fault

@@ -23,7 +23,7 @@ from operators.prompt_video import VideoPrompt
 from operators.sample_frames import sample_times
 from operators.settings import VideoSettings
 from operators.shots import Segment, segments, spans
-from operators.stitch import Heard, named
+from operators.stitch import Heard, clock, named
 
 # Of whole pictures held at once: 86 of 1920x1080, 21 of 3840x2160, 5 of 7680x4320.
 MOST_PIXEL_BYTES = 1 << 29
@@ -62,8 +62,12 @@ class PrepareFrames:
                 gaps.append(Heard(*segment, None, missing))
             row.prepare_s += time.perf_counter() - prepare_started
         row.decode_s = time.perf_counter() - started - row.prepare_s
-        if gaps:
-            row.gap = MediaError("decode.corrupt", f"pictures are missing: {named(gaps)}")
+        lacks = [f"pictures are missing: {named(gaps)}"] if gaps else []
+        if facts.clock_bytes is not None and asked["track_index"] + 1 == asked["track_count"]:
+            end = clock(facts.duration_s)
+            lacks.append(f"all after {end} is missing, where the file's clock starts again")
+        if lacks:
+            row.gap = MediaError("decode.corrupt", "; ".join(lacks))
             if not row.windows:
                 raise row.gap
 

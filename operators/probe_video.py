@@ -6,12 +6,17 @@ which is that of its sound as well.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from operators.errors import MediaError
+from operators.ffmpeg_child import INPUT, run
 from operators.probe import (
     count_packets,
     end_s,
@@ -35,6 +40,15 @@ HDR = frozenset({"smpte2084", "arib-std-b67"})
 DEEP = re.compile(r"(?:p0?|gray|gbrp|gbrap)(9|10|12|14|16)(?:le|be)$|^(?:xyz|x2rgb|x2bgr)(\d+)")
 # Their demuxers seek to any packet, not to a key frame.
 NO_KEY_SEEK = frozenset({"mpegts", "mpeg"})
+# In these formats recordings are joined as they are, and then the clock starts again. It does where
+# times of decoding go back so far; a packet or two with a damaged time do not count.
+RESTART_S = 1.0
+OUTLIERS = 2
+# The picture that is shown last is among so many that are decoded last.
+MOST_REORDER = 16
+# So many files are not read through again for each of their spans: 1.8 s of CPU a gigabyte.
+REMEMBERED = 64
+MOST_PACKET_BYTES = 256 << 20
 # Wider pixels than any standard has are a damaged header: 1.0 is assumed.
 MOST_ASPECT = 8
 # The usual rate, for a header without one.
@@ -70,6 +84,14 @@ class VideoFacts:
     seeks_to_keys: bool
     # The file has no usable duration: the packets were counted.
     counted: bool
+    # Of the file, before its clock starts again: a time of the rest is two pictures'. None: it does not.
+    clock_bytes: int | None
+
+    def url(self, path: str) -> str:
+        """What ffmpeg opens to read the pictures."""
+        if self.clock_bytes is None:
+            return f"file:{path}"
+        return f"subfile,,start,0,end,{self.clock_bytes},,:file:{path}"
 
     @property
     def display_size(self) -> tuple[int, int]:
@@ -107,6 +129,13 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
     if counted:
         end = header.first_s + count_packets(path, settings, f"0:{stream['index']}")
     assert end is not None  # noqa: S101
+    clock = None
+    if header.formats & NO_KEY_SEEK:
+        status = os.stat(path)
+        version = (status.st_size, status.st_mtime_ns)
+        clock = _first_clock(path, version, stream["index"], settings)
+        if clock is not None:
+            end = clock.end_s
     start_s = max(0.0, (header.first_s if start is None else start) - header.origin_s)
     duration_s = end - header.origin_s
     if duration_s <= start_s:
@@ -137,6 +166,7 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
         has_sound=any(map(has_sound, header.streams)),
         seeks_to_keys=not header.formats & NO_KEY_SEEK,
         counted=counted,
+        clock_bytes=None if clock is None else clock.bytes,
     )
     width, height = facts.display_size
     if width * height > settings.max_pixels:
@@ -145,6 +175,46 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
             f"{width}x{height} is {width * height} pixels; video.max_pixels is {settings.max_pixels}",
         )
     return facts
+
+
+class Clock(NamedTuple):
+    """The bytes of a file before its clock starts again, and where their last picture ends: seconds
+    in the file's timestamps.
+    """
+
+    bytes: int
+    end_s: float
+
+
+@lru_cache(REMEMBERED)
+def _first_clock(
+    path: str, version: tuple[int, int], index: int, settings: VideoSettings
+) -> Clock | None:
+    """None where one clock covers all packets of the stream. Reads the file, decodes nothing."""
+    command = [
+        *("ffprobe", "-v", "error", *INPUT, "-select_streams", str(index)),
+        *("-show_entries", "packet=pts_time,dts_time,duration_time,pos"),
+        *("-of", "csv=p=0", "-i", f"file:{path}"),
+    ]
+    lines = run(command, settings, most_bytes=MOST_PACKET_BYTES).stdout.splitlines()
+    packets = [line.decode().split(",") for line in lines if line.count(b",") >= 3]
+    timed = [packet for packet in packets if seconds(packet[1]) is not None]
+    if not timed:
+        return None
+    decoded_s = np.array([float(packet[1]) for packet in timed])
+    around = np.pad(decoded_s, OUTLIERS, mode="edge")
+    usual_s = np.median(np.lib.stride_tricks.sliding_window_view(around, 2 * OUTLIERS + 1), axis=1)
+    restarts = np.flatnonzero(np.diff(usual_s) < -RESTART_S) + 1
+    if not len(restarts):
+        return None
+    # in MPEG-PS not every packet has a place of its own
+    places = [int(packet[3]) for packet in timed[: restarts[0] + 1] if packet[3].isdigit()]
+    if len(places) < 2:
+        return None
+    last = timed[: restarts[0]][-MOST_REORDER:]
+    shown = [(seconds(packet[0]), float(packet[1]), seconds(packet[2])) for packet in last]
+    ends = [(decoded if at is None else at) + (length or 0.0) for at, decoded, length in shown]
+    return Clock(places[-1], max(ends))
 
 
 def _rotation(stream: dict[str, Any]) -> int:

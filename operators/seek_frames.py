@@ -151,7 +151,7 @@ def _command(
         times_us = [int(index.shown_us[place]) + index.shift_us for place in part.places]
         chosen = f"gte(pts,{times_us[0] - ROUNDING_US})" if part.every else _selection(times_us)
         stream = (
-            ffmpeg.input(f"file:{path}", **options)[str(facts.index)]
+            ffmpeg.input(facts.url(path), **options)[str(facts.index)]
             .filter("settb", "AVTB")
             .filter("trim", end_pts=_end_us(index, part))
             .filter("select", chosen)

@@ -336,13 +336,16 @@ def test_a_stream_that_changes_its_size(tmp_path: Path) -> None:
     parts = []
     for name, factor in (("a.ts", 1), ("b.ts", 2)):
         pictures = [numbered(n, 192 * factor, 144 * factor) for n in range(50)]
-        write_video(tmp_path / name, pictures, *X264, "-g", "25")
+        # on the first one's clock; an offset is of the time of decoding, two pictures early
+        later = ("-output_ts_offset", str((2 + 2 * TICK_S) * len(parts)))
+        write_video(tmp_path / name, pictures, *X264, "-g", "25", *later)
         parts.append((tmp_path / name).read_bytes())
     path = tmp_path / "both.ts"
     path.write_bytes(b"".join(parts))
     facts = probe_video(str(path), SETTINGS)
-    found = decode_frames(str(path), facts, [0.5, 1.5], SETTINGS, (96, 72))
+    found = decode_frames(str(path), facts, [0.5, 1.5, 2.5], SETTINGS, (96, 72))
     assert all(frame.pixels.shape == (72, 96, 3) for frame in only(found))
+    assert [number_of(frame.pixels) for frame in only(found)] == [12, 37, 12]
 
 
 def test_many_pictures_in_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import tracemalloc
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from video import HEIGHT, WIDTH, X264, number_of, numbered_video
+from video import FORMATS, HEIGHT, WIDTH, X264, number_of, numbered_video, write_video
+from video import numbered as shown
 
 from operators.divide import divided, video_tracks
 from operators.errors import MediaError
@@ -130,6 +132,30 @@ def test_a_file_that_ends_early_names_its_gaps(
     assert "pictures are missing: " in row["error_message"]
     assert 2 <= len(row["window_tokens"]) < 5
     assert numbers(row, 0) == [second * FPS + FPS // 2 for second in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.ts", (*X264, "-g", "30")), ("a.mpg", FORMATS["a.mpg"])],
+)
+def test_of_joined_recordings_the_first_is_seen_and_the_rest_is_named(
+    prompt: VideoPrompt, tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    """One file behind the other, and each has its own clock."""
+    first = numbered_video(tmp_path / f"first-{name}", 8 * 25, *options)
+    later = write_video(tmp_path / f"later-{name}", map(shown, range(1000, 1200)), *options)
+    path = tmp_path / f"both, {name}"
+    path.write_bytes(first.read_bytes() + later.read_bytes())
+    (row,) = run(path, prompt, VideoSettings(segment="fixed", max_s=4, min_s=1))
+    found = [number for window in (0, 1) for number in numbers(row, window)]
+    # MPEG-PS has not a time for every picture
+    assert found == pytest.approx([second * 25 + 12 for second in range(8)], abs=1)
+    assert row["duration_s"] == pytest.approx(8, abs=0.1)
+    assert row["error_stage"] == "decode"
+    message = r"all after 0:00:0[78]\.\d is missing, where the file's clock starts again"
+    assert re.fullmatch(message, row["error_message"])
+    (alone,) = run(first, prompt, VideoSettings(segment="fixed", max_s=4, min_s=1))
+    assert alone["error_message"] is None
 
 
 def test_a_span_of_another_file_and_one_without_pictures(

@@ -118,6 +118,26 @@ def test_sound_longer_than_the_pictures(tmp_path: Path) -> None:
         assert facts.duration_s == pytest.approx(2, abs=0.1), name
 
 
+def test_a_packet_with_a_damaged_time_is_no_new_clock(tmp_path: Path) -> None:
+    path = numbered_video(tmp_path / "a.ts", 100, *X264, "-g", "25")
+    data = bytearray(path.read_bytes())
+    packet = 0
+    for _ in range(50):
+        packet = data.index(b"\x00\x00\x01\xe0", packet + 4)
+    # hours of the times of showing and of decoding
+    data[packet + 9] |= 0x0C
+    data[packet + 14] |= 0x0C
+    path.write_bytes(data)
+    facts = probe_video(str(path), SETTINGS)
+    assert facts.clock_bytes is None
+    assert facts.duration_s == pytest.approx(4, abs=0.1)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(data + data[: len(data) // 2])
+    facts = probe_video(str(joined), SETTINGS)
+    assert facts.clock_bytes == pytest.approx(len(data), abs=4 * 188)
+    assert facts.duration_s == pytest.approx(4, abs=0.1)
+
+
 def test_pictures_of_too_many_pixels(tmp_path: Path) -> None:
     path = write_video(
         tmp_path / "a.mp4", [np.zeros((96, 64, 3), np.uint8)], *X264, "-vf", "setsar=2"
