@@ -20,17 +20,13 @@ from jobs.exits import (
     BROKEN,
     FINISHED,
     HELD,
-    INTERRUPTED,
     REFUSED,
-    TERMINATED,
     TOO_MANY_FAILED,
+    Terminated,
+    exit_code_of,
 )
 from jobs.submit import add_commands
 from pipeline.config import ConfigError, load_job
-
-
-class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT: everything on the way out is put in order."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except (KeyboardInterrupt, Terminated) as error:
         print("stopped: what is finished is committed; run again to do the rest", file=sys.stderr)
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        return exit_code_of(error)
     finally:
         if on_main:
             signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Exit codes: what a scheduler can tell apart."""
+"""How a command ends: exit codes that a scheduler can tell apart, and SIGTERM."""
 
 FINISHED = 0
 BROKEN = 1  # a machine or our own code; run again to do the rest
@@ -8,3 +8,12 @@ HELD = 4  # another run is at work on this output
 UNFINISHED = 5  # `status` of a submitted job that waits or runs
 INTERRUPTED = 130  # SIGINT; what is finished is committed
 TERMINATED = 143  # SIGTERM; likewise
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT: everything on the way out is put in order."""
+
+
+def exit_code_of(error: KeyboardInterrupt | Terminated) -> int:
+    """The exit code of a command that a signal ended."""
+    return TERMINATED if isinstance(error, Terminated) else INTERRUPTED

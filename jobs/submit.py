@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jobs.exits import BROKEN, FINISHED, INTERRUPTED, TERMINATED, UNFINISHED
-from pipeline.config import ConfigError, Job, load_job
+from jobs.exits import BROKEN, FINISHED, TERMINATED, UNFINISHED, Terminated, exit_code_of
+from pipeline.config import ConfigError, Job, load_job, read_job
 
 if TYPE_CHECKING:
     from pipeline.submit import JobServer, State
@@ -36,6 +36,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--image-code",
         action="store_true",
         help="run the code in the cluster's image instead of sending this one",
+    )
+    submit.add_argument(
+        "--id",
+        metavar="NAME",
+        help="a name for the run; one of this name that goes on is watched, and no second one started",
     )
     _add_waiting(submit)
     for name, command, text in (
@@ -74,19 +79,24 @@ def _with_server(command: Command) -> Callable[[argparse.Namespace, Console], in
         except SubmitError as error:
             print(error, file=sys.stderr)
             return BROKEN
-        except KeyboardInterrupt:
-            print("no longer watching; the job itself goes on", file=sys.stderr)
-            return INTERRUPTED
+        except (KeyboardInterrupt, Terminated) as error:
+            print(
+                "stopped before the cluster answered; `ray job list` says what goes on there",
+                file=sys.stderr,
+            )
+            return exit_code_of(error)
 
     return run
 
 
 def _submit(server: JobServer, options: argparse.Namespace, console: Console) -> int:
     job = load_job(options.job, options.set)
-    if not options.image_code:
-        _refuse_relative_paths(job)
+    _refuse_relative_paths(job)
     metadata = {"fingerprint": job.fingerprint, "output": job.public()["output"]["uri"]}
-    job_id = server.submit(Path(options.job), options.set, metadata, code=not options.image_code)
+    job_id, goes_on = server.named(options.id) if options.id else (None, False)
+    if job_id is None or not goes_on:
+        fields = read_job(options.job, options.set)
+        job_id = server.submit(fields, metadata, code=not options.image_code, job_id=job_id)
     console.print(job_id, highlight=False)
     return _watch(server, job_id, options)
 
@@ -105,13 +115,22 @@ def _logs(server: JobServer, options: argparse.Namespace, console: Console) -> i
 
 def _stop(server: JobServer, options: argparse.Namespace, console: Console) -> int:
     server.stop(options.id)
-    return _watch(server, options.id, options)
+    return _watch(server, options.id, options, then="it was told to stop, and ends by itself")
 
 
-def _watch(server: JobServer, job_id: str, options: argparse.Namespace) -> int:
-    if options.follow:
-        return exit_code(server.follow(job_id, _say))
-    return exit_code(server.wait(job_id)) if options.wait else FINISHED
+def _watch(
+    server: JobServer, job_id: str, options: argparse.Namespace, then: str | None = None
+) -> int:
+    """As long as was asked for. `then`: what the job does when nobody watches any more."""
+    try:
+        if options.follow:
+            return exit_code(server.follow(job_id, _say))
+        return exit_code(server.wait(job_id)) if options.wait else FINISHED
+    except (KeyboardInterrupt, Terminated) as error:
+        stop = f"polyscribe stop {job_id} --address {options.address}"
+        then = then or f"it goes on, and `{stop}` ends it"
+        print(f"no longer watching {job_id}: {then}", file=sys.stderr)
+        return exit_code_of(error)
 
 
 def _say(text: str) -> None:
@@ -131,10 +150,14 @@ def exit_code(state: State) -> int:
 
 
 def _refuse_relative_paths(job: Job) -> None:
-    """On the cluster they would mean another folder, and results would vanish with it."""
+    """On the cluster they would mean another folder, and results would vanish with it.
+
+    So it is with the image's code as well: a job works in a folder of its own that ends with it.
+    """
     named = {"input.uri": job.input.uri, "output.uri": job.output.uri}
-    if Path(job.model.id).exists():
-        named["model.id"] = job.model.id  # otherwise it is a name on the hub
+    for field, model in (("model.id", job.model.id), ("model.adapter", job.model.adapter)):
+        if model is not None and Path(model).exists():
+            named[field] = model  # otherwise it is a name on the hub
     for field, value in named.items():
         if "://" not in value and not Path(value).is_absolute():
             raise ConfigError(

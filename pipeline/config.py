@@ -326,6 +326,17 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Raises ConfigError, with one line for each field that is wrong.
     """
     try:
+        return Job.model_validate(read_job(path, overrides))
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{path}:", *_explain(error)])) from error
+
+
+def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The job file's fields as they stand there, overrides applied, secrets included. Not checked.
+
+    Raises ConfigError where there is no such mapping.
+    """
+    try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
@@ -337,10 +348,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         raise ConfigError(f"{path}: must hold fields such as task, input and output")
     for override in overrides:
         _override(data, override)
-    try:
-        return Job.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join([f"{path}:", *_explain(error)])) from error
+    return data
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -1,24 +1,25 @@
 """Runs as Ray jobs: hand one to a cluster's job server, watch it, stop it.
 
 The cluster gets the code of this checkout as working directory (three packages, some 100 KB), or runs
-the code of its image; either way the job file travels along as job.yaml.
+the code of its image; either way the job travels along as job.yaml. What an override says stands there
+and not in the command, which Ray shows to whoever sees the dashboard.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
+import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -27,6 +28,9 @@ Answer = TypeVar("Answer")
 PACKAGES = ("operators", "pipeline", "jobs")
 CODE = Path(__file__).resolve().parents[1]
 JOB_FILE = "job.yaml"
+# `python` is the one on the cluster's PATH. exec: the job server's signal must reach Python and not only
+# a shell around it.
+ENTRYPOINT = f"exec python -m jobs run {JOB_FILE}"
 # The job server's own grace between SIGTERM and SIGKILL is 3 s: too short for a far-away store.
 STOP_WAIT_S = 30
 POLL_S = 1.0
@@ -77,12 +81,14 @@ class JobServer:
 
     def submit(
         self,
-        job_file: Path,
-        overrides: Sequence[str],
+        job: Mapping[str, Any],
         metadata: dict[str, str],
         code: bool = True,
+        job_id: str | None = None,
     ) -> str:
-        """The id of a new job. `code`: send this checkout's code, else that of the image runs."""
+        """The id of a new job. `job`: its fields (config.read_job). `code`: send this checkout's code,
+        else that of the image runs. `job_id`: one that `named` gave; default: Ray makes one.
+        """
         with TemporaryDirectory(prefix="polyscribe-") as folder:
             for package in PACKAGES if code else ():
                 shutil.copytree(
@@ -90,10 +96,12 @@ class JobServer:
                     Path(folder, package),
                     ignore=shutil.ignore_patterns("__pycache__"),
                 )
-            shutil.copy(job_file, Path(folder, JOB_FILE))
-            job_id: str = self._ask(
+            fields = yaml.safe_dump(dict(job), allow_unicode=True, sort_keys=False)
+            Path(folder, JOB_FILE).write_text(fields, encoding="utf-8")
+            given: str = self._ask(
                 lambda: self._client.submit_job(
-                    entrypoint=entrypoint(overrides),
+                    entrypoint=ENTRYPOINT,
+                    submission_id=job_id,
                     runtime_env={
                         "working_dir": folder,
                         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
@@ -101,7 +109,20 @@ class JobServer:
                     metadata=metadata,
                 )
             )
-        return job_id
+        return given
+
+    def named(self, name: str) -> tuple[str, bool]:
+        """(id, whether it goes on): the job of this name that has not ended, else a free id.
+
+        Ray takes no id twice, so NAME is followed by NAME-2 and so on.
+        """
+        jobs = self._ask(self._client.list_jobs)
+        ended = {job.submission_id: bool(job.status.is_terminal()) for job in jobs}
+        job_id, number = name, 1
+        while ended.get(job_id):
+            number += 1
+            job_id = f"{name}-{number}"
+        return job_id, job_id in ended
 
     def state(self, job_id: str) -> State:
         info = self._ask(lambda: self._client.get_job_info(job_id))
@@ -168,12 +189,3 @@ class JobServer:
             # Ray has no type of its own for an answer of a proxy whose server is away.
             kind = SilentError if PROXY_FAULT.search(str(error)) else SubmitError
             raise kind(f"{self._address}: {error}") from error
-
-
-def entrypoint(overrides: Sequence[str]) -> str:
-    """The shell command that the cluster runs; `python` is the one on its PATH."""
-    words = ["python", "-m", "jobs", "run", JOB_FILE]
-    for override in overrides:
-        words += ["--set", override]
-    # exec: the job server's signal must reach Python and not only a shell around it.
-    return "exec " + shlex.join(words)

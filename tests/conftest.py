@@ -137,6 +137,8 @@ class _WebHandler(BaseHTTPRequestHandler):
         else:
             route(self)
 
+    do_POST = do_GET
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 

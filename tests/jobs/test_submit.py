@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import media
 import pyarrow.parquet as pq
@@ -25,10 +24,11 @@ import yaml
 from conftest import WebServer
 from PIL import Image
 
+from jobs.__main__ import main
 from jobs.exits import BROKEN, FINISHED, HELD, REFUSED, TERMINATED, TOO_MANY_FAILED, UNFINISHED
 from jobs.submit import exit_code
 from pipeline.config import load_job
-from pipeline.submit import JobServer, State, SubmitError, entrypoint
+from pipeline.submit import JobServer, State, SubmitError
 
 PICTURES = 1200
 ENVIRONMENT = {
@@ -65,6 +65,17 @@ def polyscribe(
         capture_output=True,
         text=True,
         timeout=timeout,
+    )
+
+
+def ray_job(*words: str) -> subprocess.CompletedProcess[str]:
+    """Ray's own command."""
+    return subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", *words],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
@@ -182,6 +193,11 @@ def test_submit_stop_and_go_on(head: str, job: Path) -> None:
     resumed = polyscribe("submit", str(job), *some, *at)
     tags = polyscribe("submit", str(job), *other, *none, "--wait", *at)
     assert tags.returncode == TOO_MANY_FAILED, polyscribe("logs", tags.stdout.strip(), *at).stdout
+    # Overrides travel in a file: they may be secrets, and this is what the dashboard shows.
+    shown = ray_job("list", *at).stdout
+    assert "exec python -m jobs run job.yaml'" in shown
+    assert "max_failed_fraction" not in shown
+    assert "What is" not in shown
     followed = polyscribe("logs", resumed.stdout.strip(), "--follow", *at)
     assert followed.returncode == FINISHED, followed.stdout
     assert "finished:" in followed.stdout
@@ -193,16 +209,7 @@ def test_submit_stop_and_go_on(head: str, job: Path) -> None:
 
     # The same again by Ray's own command and the installed code: nothing is asked, nothing written.
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
-    again = subprocess.run(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", *at),
-            *("--", "python", "-m", "jobs", "run", str(job), *some),
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    again = ray_job("submit", *at, "--", "python", "-m", "jobs", "run", str(job), *some)
     assert again.returncode == 0, again.stdout
     assert f"nothing new to do: {done + 40:,} assets" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")} == before
@@ -273,15 +280,9 @@ def test_a_connection_that_is_cut_loses_no_line_and_doubles_none(head: str) -> N
     host, _, port = head.removeprefix("http://").partition(":")
     proxy = Proxy((host, int(port)))
     counts = "for i in $(seq 1 40); do echo line $i; sleep 0.25; done; exit 3"
-    submitted = subprocess.run(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head),
-            *("--no-wait", "--submission-id", "counts", "--", "bash", "-c", counts),
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    submitted = ray_job(
+        *("submit", "--address", head, "--no-wait", "--submission-id", "counts"),
+        *("--", "bash", "-c", counts),
     )
     assert submitted.returncode == 0, submitted.stderr
     follower = subprocess.Popen(
@@ -307,17 +308,82 @@ def test_a_connection_that_is_cut_loses_no_line_and_doubles_none(head: str) -> N
     assert printed == [f"line {number}\n" for number in range(1, 41)]
 
 
-def test_a_server_that_is_away_for_a_moment_is_not_the_end_of_the_job(web: WebServer) -> None:
-    def answer(handler: BaseHTTPRequestHandler, code: int, **fields: Any) -> None:
-        data = json.dumps(fields).encode()
-        handler.send_response(code)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
+@pytest.mark.ray
+def test_a_name_is_one_run_at_a_time(head: str, tmp_path: Path) -> None:
+    """A scheduler that tries again must find the run that goes on, and not start a second one."""
+    at = ("--address", head)
+    naps = ray_job("submit", *at, "--no-wait", "--submission-id", "night", "--", "sleep", "600")
+    assert naps.returncode == 0, naps.stderr
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        f"{{task: caption, input: {{uri: {tmp_path}}}, output: {{uri: {tmp_path}/out}}}}"
+    )
+    submit = ("submit", str(file), "--set", "model.id=a/b", "--id", "night", *at)
+    watched = polyscribe(*submit)
+    assert watched.stdout == "night\n", watched.stderr
+    assert polyscribe("stop", "night", "--wait", *at).returncode == TERMINATED
+    second = polyscribe(*submit, "--wait")
+    assert second.stdout == "night-2\n", second.stderr
+    assert second.returncode == REFUSED  # no file matches
 
-    version = {"version": "4", "ray_version": "2.60.0", "ray_commit": ""}
-    web.routes["/api/version"] = lambda handler: answer(handler, 200, **version)
-    job = {"type": "SUBMISSION", "entrypoint": "", "submission_id": "one"}
+
+def answer(handler: BaseHTTPRequestHandler, code: int, fields: object) -> None:
+    data = json.dumps(fields).encode()
+    handler.send_response(code)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": ""}
+JOB = {"type": "SUBMISSION", "entrypoint": "", "submission_id": "one"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("submit", "job.yaml", "--id", "one"), "it goes on, and `polyscribe stop one --address"),
+        (("logs", "one"), "it goes on, and `polyscribe stop one --address"),
+        (("stop", "one"), "it was told to stop"),
+    ],
+)
+def test_sigterm_ends_the_watching_and_not_the_job(
+    words: tuple[str, ...], said: str, web: WebServer, tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(
+        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
+    )
+    running = {**JOB, "status": "RUNNING"}
+    watches = threading.Event()
+
+    def state(handler: BaseHTTPRequestHandler) -> None:
+        watches.set()
+        answer(handler, 200, running)
+
+    web.routes |= {
+        "/api/version": lambda handler: answer(handler, 200, VERSION),
+        "/api/jobs/": lambda handler: answer(handler, 200, [running]),
+        "/api/jobs/one": state,
+        "/api/jobs/one/logs": lambda handler: answer(handler, 200, {"logs": ""}),
+        "/api/jobs/one/stop": lambda handler: answer(handler, 200, {"stopped": True}),
+    }
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "jobs", *words, "--wait", "--address", web.url],
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watches.wait(60)
+    watching.terminate()
+    printed = watching.communicate(timeout=60)[1]
+    assert watching.returncode == TERMINATED
+    assert f"no longer watching one: {said}" in printed
+    assert "committed" not in printed
+
+
+def test_a_server_that_is_away_for_a_moment_is_not_the_end_of_the_job(web: WebServer) -> None:
+    web.routes["/api/version"] = lambda handler: answer(handler, 200, VERSION)
     turns = iter(["RUNNING", "502", "gone", "SUCCEEDED"])
 
     def ask(handler: BaseHTTPRequestHandler) -> None:
@@ -325,9 +391,9 @@ def test_a_server_that_is_away_for_a_moment_is_not_the_end_of_the_job(web: WebSe
         if turn == "gone":
             handler.connection.close()
         elif turn == "502":
-            answer(handler, 502)
+            answer(handler, 502, {})
         else:
-            answer(handler, 200, **job, status=turn, driver_exit_code=0)
+            answer(handler, 200, {**JOB, "status": turn, "driver_exit_code": 0})
 
     web.routes["/api/jobs/one"] = ask
     assert JobServer(web.url).wait("one") == State("SUCCEEDED", "", 0)
@@ -344,11 +410,23 @@ def test_no_job_server_is_said_in_a_line() -> None:
     assert "no Ray job server" in ended.stderr
 
 
-def test_overrides_survive_the_clusters_shell() -> None:
-    override = 'prompt.text=It\'s a $HOME; `x` "y", {title}'
-    script = entrypoint([override]).replace("exec python", 'printf "%s\\n"', 1)
-    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines() == ["-m", "jobs", "run", "job.yaml", "--set", override]
+@pytest.mark.parametrize("code", [(), ("--image-code",)])
+@pytest.mark.parametrize("field", ["input.uri", "output.uri", "model.id", "model.adapter"])
+def test_a_relative_path_is_refused_whatever_code_runs(
+    field: str,
+    code: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
+    )
+    assert main(["submit", str(file), "--set", f"{field}=here", *code]) == REFUSED
+    assert f"{field}: here is a path relative to this folder" in capsys.readouterr().err
 
 
 def test_each_state_of_a_job_has_its_exit_code() -> None:
