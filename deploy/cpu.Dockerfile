@@ -2,9 +2,10 @@
 # repository's root. The same pins and steps as deploy/setup cpu; no weights but the 6 MB nano checkpoint.
 FROM python:3.11-slim-bookworm
 
-# wget: KubeRay's health checks call it.
+# wget: KubeRay's health checks call it. rsync: Ray's cluster launcher puts its files into the container
+# with it; ssh: so a head reaches its workers.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ffmpeg wget \
+    && apt-get install -y --no-install-recommends ffmpeg wget rsync openssh-client \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \

@@ -2,9 +2,10 @@
 # gpu; CUDA's libraries come with the wheels, the driver from the node, the weights from a volume.
 FROM python:3.11-slim-bookworm
 
-# gcc: Triton compiles its launchers on the node. wget: KubeRay's health checks call it.
+# gcc: Triton compiles its launchers on the node. wget: KubeRay's health checks call it. rsync: Ray's
+# cluster launcher puts its files into the container with it.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ffmpeg wget gcc libc6-dev \
+    && apt-get install -y --no-install-recommends ffmpeg wget rsync gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \

@@ -15,6 +15,7 @@ import sys
 import tomllib
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import pytest
 import yaml
@@ -44,6 +45,12 @@ def of(flavour: str, instruction: str) -> list[str]:
     ]
 
 
+def apt_packages(flavour: str) -> set[str]:
+    (apt,) = [run for run in of(flavour, "RUN") if "apt-get" in run]
+    assert "rm -rf /var/lib/apt/lists/*" in apt
+    return set(apt.split("--no-install-recommends ")[1].split("&&")[0].split())
+
+
 @each_image
 def test_packages_come_by_the_pins_alone(flavour: str) -> None:
     runs = " ".join(of(flavour, "RUN"))
@@ -69,10 +76,7 @@ def test_the_base_has_a_python_that_the_project_admits(flavour: str) -> None:
 def test_programs_are_those_of_the_set_up(flavour: str) -> None:
     needed = re.findall(r"^need_programs (.*)$", SETUP, re.MULTILINE)[0]
     packages = {pair.partition(":")[2] for pair in needed.split()}
-    (apt,) = [run for run in of(flavour, "RUN") if "apt-get" in run]
-    installed = set(apt.split("--no-install-recommends ")[1].split("&&")[0].split())
-    assert packages <= installed
-    assert "rm -rf /var/lib/apt/lists/*" in apt
+    assert packages <= apt_packages(flavour)
 
 
 def test_the_cpu_image_takes_torch_as_the_set_up_does() -> None:
@@ -154,8 +158,8 @@ def test_build_names_the_images_and_asks_the_builder(tmp_path: Path) -> None:
     assert "no-such-builder is not installed" in missing.stderr
 
 
-def launcher() -> dict[str, object]:
-    loaded: dict[str, object] = yaml.safe_load((ROOT / "deploy/cluster.yaml").read_text())
+def launcher() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "deploy/cluster.yaml").read_text())
     return loaded
 
 
@@ -165,6 +169,25 @@ def test_the_vm_cluster_fits_rays_own_schema() -> None:
     config = launcher()
     validate_config(prepare_config(config))
     assert f":{PROJECT['version']}" in str(config["docker"])
+
+
+def test_the_images_hold_what_rays_launcher_calls_in_them() -> None:
+    """It copies its files into every container with rsync, and the head's own reaches the workers by ssh
+    and makes them with the cloud's client (ray/autoscaler/_private, command_runner.py and aws/config.py).
+    """
+    config = launcher()
+    docker = [
+        config["docker"],
+        *(one.get("docker", {}) for one in config["available_node_types"].values()),
+    ]
+    images = {image for one in docker for name, image in one.items() if name.endswith("_image")}
+    flavours = {image: re.findall(r"polyscribe-(\w+):", image)[0] for image in images}
+    assert set(flavours.values()) == {"cpu", "gpu"}
+    for flavour in flavours.values():
+        assert "rsync" in apt_packages(flavour)
+    assert "openssh-client" in apt_packages(flavours[config["docker"]["head_image"]])
+    assert config["provider"]["type"] == "aws"
+    assert any(pin.startswith("boto3==") for pin in PROJECT["dependencies"])
 
 
 def test_the_schedules_call_what_exists() -> None:
