@@ -13,12 +13,15 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import yaml
+from conftest import WebServer
 
 from jobs.exits import HELD, REFUSED, TOO_MANY_FAILED
 from pipeline.lease import TTL_S
@@ -210,6 +213,32 @@ def test_the_schedules_call_what_exists() -> None:
             assert not word.startswith("--") or word in helped.stdout
 
 
+@pytest.mark.parametrize("schedule", ["crontab", "polyscribe.service"])
+def test_the_schedules_give_the_local_clusters_token(
+    schedule: str, web: WebServer, tmp_path: Path
+) -> None:
+    """With what cron and systemd give, and a token where `deploy/cluster up` leaves it."""
+    text = (ROOT / "deploy/schedule" / schedule).read_text()
+    said = re.findall(r"(?m)^(?:Environment=)?([A-Z][A-Z_]+)=(\S+)$", text)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("f" * 64)
+    tokens = []
+
+    def version(handler: BaseHTTPRequestHandler) -> None:
+        tokens.append(handler.headers.get("Authorization"))
+        handler.send_error(401)
+
+    web.routes["/api/version"] = version
+    subprocess.run(
+        [sys.executable, "-m", "jobs", "status", "one", "--address", web.url],
+        cwd=ROOT,
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", **dict(said)},
+        capture_output=True,
+        timeout=60,
+    )
+    assert tokens[0] == f"Bearer {'f' * 64}"
+
+
 def test_the_service_knows_the_exit_codes() -> None:
     service = (ROOT / "deploy/schedule/polyscribe.service").read_text()
     assert re.findall(r"^SuccessExitStatus=(.*)$", service, re.MULTILINE) == [str(HELD)]
@@ -263,14 +292,15 @@ def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     try:
         up = cluster("up", "2", "1")
         assert up.returncode == 0, up.stderr
         assert "up with 2 x 1 CPUs" in up.stdout
-        processes = [int(line) for line in Path(place, "c/processes").read_text().split()]
+        lines = Path(place, "c/processes").read_text().splitlines()
+        processes = [int(line.split()[0]) for line in lines]
         assert len(processes) == 3
         nodes = subprocess.run(
             [
@@ -293,6 +323,68 @@ def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
     assert down.stdout == "cluster: down\n"
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
     shutil.rmtree(place)
+
+
+@pytest.fixture
+def local_cluster(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """deploy/cluster in a copy whose `ray` starts a head, and one worker."""
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(ROOT / "deploy/cluster", tmp_path / "deploy")
+    (tmp_path / "deploy/setup").write_text("exit 0\n")
+    ray = tmp_path / ".venv/bin/ray"
+    ray.parent.mkdir(parents=True)
+    ray.write_text(
+        "#!/bin/bash\n"
+        "[[ $1 == start ]] || exit 0\n"
+        'if [[ $* != *--head* ]]; then mkdir one 2>/dev/null || { echo "no raylet"; exit 1; }; fi\n'
+        'echo "Ray runtime started"; exec sleep 600\n'
+    )
+    ray.chmod(0o755)
+    environment = {
+        **os.environ,
+        "POLYSCRIBE_CLUSTER": str(tmp_path / "cluster"),
+        "RAY_AUTH_MODE": "disabled",
+    }
+
+    def cluster(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", tmp_path / "deploy/cluster", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    yield cluster
+    cluster("down")
+
+
+def test_a_worker_that_does_not_start_is_said(
+    local_cluster: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    assert local_cluster("up", "1", "1").returncode == 0
+    assert local_cluster("down").returncode == 0
+    up = local_cluster("up", "2", "1")  # by now even the first finds no place
+    assert up.returncode == 1
+    assert "worker 1 of 2 does not start; see" in up.stderr
+    assert "up with" not in up.stdout
+    assert "no raylet" in (tmp_path / "cluster/log").read_text()
+
+
+def test_down_ends_what_up_started_and_nobody_elses(
+    local_cluster: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    assert local_cluster("up", "1", "1").returncode == 0
+    book = tmp_path / "cluster/processes"
+    ours = [int(line.split()[0]) for line in book.read_text().splitlines()]
+    # As after a restart of the machine: the number is another process's.
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as other:
+        with book.open("a") as lines:
+            lines.write(f"{other.pid} 1\n")
+        assert local_cluster("down").returncode == 0
+        assert other.poll() is None
+        other.kill()
+    assert not any(Path(f"/proc/{process}").exists() for process in ours)
 
 
 def test_the_local_cluster_explains_itself_and_leaves_others_alone(tmp_path: Path) -> None:
