@@ -95,6 +95,16 @@ def test_the_submitter_names_the_clusters_own_service(overlay: str) -> None:
         assert cron["metadata"]["namespace"] == cluster["metadata"]["namespace"]
 
 
+def test_a_pod_that_is_tried_again_finds_the_run_of_its_night() -> None:
+    """Every pod of a Job has the Job's name as a label, and a CronJob puts the scheduled time into it."""
+    (cron,) = of_kind("prod", "CronJob")
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    name = container["args"][container["args"].index("--id") + 1]
+    (night,) = [one for one in container["env"] if f"$({one['name']})" == name]
+    field = night["valueFrom"]["fieldRef"]["fieldPath"]
+    assert field == "metadata.labels['batch.kubernetes.io/job-name']"
+
+
 @every_overlay
 def test_the_job_fits_the_cluster_at_its_largest_and_starts_at_its_smallest(overlay: str) -> None:
     job = job_of(overlay)

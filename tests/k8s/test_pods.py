@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address, ip_network
 
 from manifests import (
+    Manifest,
     containers,
     every_overlay,
     groups,
@@ -118,6 +120,44 @@ def gibibytes(quantity: str) -> float:
     match = re.fullmatch(r"(\d+)(Gi|Mi)", quantity)
     assert match, quantity
     return int(match[1]) / (1 if match[2] == "Gi" else 1024)
+
+
+@every_overlay
+def test_pods_reach_what_the_readme_says_and_not_the_nodes_rights(overlay: str) -> None:
+    (policy,) = [
+        one
+        for one in of_kind(overlay, "NetworkPolicy")
+        if one["metadata"]["name"] == "polyscribe-ray"
+    ]
+
+    def reached(address: str, port: int) -> bool:
+        return any(
+            port in {one["port"] for one in rule.get("ports", [])}
+            and any(admits(peer["ipBlock"], address) for peer in rule.get("to", [ANYWHERE]))
+            for rule in policy["spec"]["egress"]
+            if "podSelector" not in rule.get("to", [ANYWHERE])[0]
+        )
+
+    assert reached("93.184.215.14", 443)
+    assert reached("93.184.215.14", 80)
+    assert reached("169.254.169.252", 988)  # GKE's metadata server
+    assert reached("169.254.170.23", 80)  # EKS Pod Identity's agent
+    assert not reached("169.254.169.254", 80)  # a node's
+    (dashboard,) = [rule for rule in policy["spec"]["ingress"] if "ports" in rule]
+    (operator,) = [peer for peer in dashboard["from"] if "namespaceSelector" in peer]
+    (names,) = operator["namespaceSelector"]["matchExpressions"]
+    assert {"ray-system", "default"} <= set(names["values"])
+    assert operator["podSelector"]["matchLabels"]  # not whoever is in these namespaces
+
+
+ANYWHERE = {"ipBlock": {"cidr": "0.0.0.0/0"}}
+
+
+def admits(block: Manifest, address: str) -> bool:
+    def within(cidr: str) -> bool:
+        return ip_address(address) in ip_network(cidr)
+
+    return within(block["cidr"]) and not any(within(one) for one in block.get("except", []))
 
 
 @every_overlay
