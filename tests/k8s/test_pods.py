@@ -10,6 +10,7 @@ from manifests import (
     containers,
     every_overlay,
     groups,
+    job_of,
     of_kind,
     pods,
     ray_clusters,
@@ -158,6 +159,23 @@ def admits(block: Manifest, address: str) -> bool:
         return ip_address(address) in ip_network(cidr)
 
     return within(block["cidr"]) and not any(within(one) for one in block.get("except", []))
+
+
+# Ray's session with its logs, and blocks that it spills.
+RAYS_TMP_GIB = 8
+
+
+@every_overlay
+def test_the_cache_of_files_fits_its_volume(overlay: str) -> None:
+    """A pod whose volume outgrows its limit is evicted, and its successor likewise."""
+    cache = job_of(overlay).fetch.max_cache_bytes / 2**30
+    for cluster in ray_clusters(overlay):
+        for group in cluster["workerGroupSpecs"]:
+            spec = group["template"]["spec"]
+            if group["rayStartParams"].get("num-cpus") == "0":
+                continue  # no media tasks there
+            (tmp,) = [volume for volume in spec["volumes"] if volume["name"] == "tmp"]
+            assert cache + RAYS_TMP_GIB <= gibibytes(tmp["emptyDir"]["sizeLimit"])
 
 
 @every_overlay
