@@ -118,7 +118,7 @@ def compute(
     workers = min(left, resources.media_workers or left)
     reasons = [
         f"engines: {engines} ({why}), {engine_cpus:g} CPU each",
-        f"rows a block: {rows} (at most {row_bytes / 1e6:.1f} MB a row, blocks near"
+        f"rows a block: {rows} (some {row_bytes / 1e6:.1f} MB a row, blocks near"
         f" {BLOCK_BYTES >> 20} MB)",
         f"calls an engine: {calls} x {rows} rows of {windows} windows in flight for"
         f" {engine.max_num_seqs} sequences"
@@ -266,12 +266,14 @@ def _store_bytes(nodes: Sequence[Node], engines: int) -> float:
 
 
 def _row(job: Job) -> tuple[int, int]:
-    """(bytes, windows) that a row may have: an image, a span of speech without a pause, or of video."""
+    """(bytes, windows) of a row: an image, a span of speech without a pause, or of video without a cut."""
     if job.modality == "audio":
         windows = max(1, round(job.audio.span_s / (STEP * job.audio.window_s)))
         return round(job.audio.span_s * SAMPLE_RATE_HZ) * 4, windows
     if job.modality == "video":
-        frames = math.ceil(job.video.span_s * job.video.fps)
-        windows = max(1, round(job.video.span_s / job.video.max_s))
+        whole = job.video.segment == "whole"
+        windows = 1 if whole else max(1, round(job.video.span_s / job.video.max_s))
+        sampled = math.ceil(job.video.span_s * job.video.fps)
+        frames = min(sampled, windows * job.video.max_frames)
         return frames * job.video.max_soft_tokens * PATCH_VALUES, windows
     return job.image.max_soft_tokens * PATCH_VALUES, 1

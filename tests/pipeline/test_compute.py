@@ -160,6 +160,21 @@ def test_rows_in_flight_keep_the_engine_full_and_fit_the_object_store() -> None:
     assert "the object store has no room for more" in " ".join(tight.reasons)
 
 
+def test_a_videos_window_has_no_more_than_its_frames() -> None:
+    """At fps 30 a window of 30 s has 32 frames, not 900: two calls kept 8 of 256 sequences busy."""
+    video = {"fps": 30, "max_soft_tokens": 280}
+    model = {"id": "google/gemma-4-12B-it", "max_model_len": 16_384}
+    quick = job(task="describe-video", video=video, model=model)
+    got = compute(quick, [Node(64, 1, STORE)], 1000)
+    assert got.calls_per_engine == int(STORE / 8 / (4 * 32 * 280 * 6912))
+    whole = job(task="describe-video", video=video | {"segment": "whole"}, model=model)
+    got = compute(whole, [Node(64, 1, STORE)], 1000)
+    assert got.calls_per_engine == int(STORE / 8 / (32 * 280 * 6912))
+    # the default samples fewer frames than its windows might have
+    usual = compute(job(task="describe-video"), [Node(64, 1, STORE)], 1000)
+    assert usual.calls_per_engine == min(81, int(STORE / 8 / (120 * 70 * 6912)))
+
+
 def test_the_object_store_of_nodes_to_come_counts() -> None:
     elastic = job(resources={"accelerator": "gpu", "engines": 8})
     first = [HEAD, Node(16, 0, 9e9), Node(0, 1, 13e9)]
