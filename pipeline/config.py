@@ -156,7 +156,7 @@ class ResourcesConfig(Settings):
     accelerator: Literal["auto", "gpu", "cpu"] = Field(
         "auto",
         description="auto: GPUs if the cluster has any now; gpu: also where it has none yet, for a pool"
-        " that scales from zero (give resources.engines then); cpu: leave GPUs alone",
+        " that scales from zero (give resources.engines then); cpu: leave GPUs alone, with vLLM's CPU build",
     )
     engines: int | None = Field(
         None,

