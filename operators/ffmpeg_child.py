@@ -52,7 +52,7 @@ DAMAGED = re.compile(r"moov atom not found|Truncat|End of file|partial file|EBML
 class Done:
     """How a run ended: exit status (negative: by this signal), what came out, what it said.
 
-    cut: it was ended by us because enough had come. notes: what filters printed to NOTES.
+    cut: it was ended by us because enough had come. notes: what was written to NOTES.
     section: the settings that hold its limits.
     """
 
@@ -91,10 +91,9 @@ def run(
     settings: AudioSettings | VideoSettings,
     *,
     most_bytes: int,
-    skip_bytes: int = 0,
     ends: float | None = None,
 ) -> Done:
-    """Run to the end, or until most_bytes of stdout beyond the first skip_bytes are there.
+    """Run to the end, or until most_bytes of stdout are there.
 
     ends: the monotonic time at which timeout_s is over, where several runs share it. Raises
     MediaError decode.timeout. A missing program is an OSError: a broken machine.
@@ -127,7 +126,6 @@ def run(
         os.close(notes_end)
     assert process.stdout is not None and process.stderr is not None  # noqa: S101, PT018
     out, said, noted = bytearray(), bytearray(), bytearray()
-    skip = skip_bytes
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ, out)
@@ -146,8 +144,7 @@ def run(
                     elif key.data is noted:
                         noted += data[: MOST_NOTES_BYTES - len(noted)]
                     else:
-                        out += data[skip:]
-                        skip = max(0, skip - len(data))
+                        out += data
         cut = len(out) >= most_bytes
         if not cut:
             try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from operators.decode_audio import decode_tiles
+from operators.decode_audio import Stretch, decode_tiles
 from operators.errors import MediaError
 from operators.frames import SAMPLE_RATE_HZ, Waveform, frames
 from operators.prepare_image import media_hash
@@ -31,9 +31,10 @@ from operators.voice import (
 )
 from operators.windows import LEADS, Grid, cut, grid
 
-# Headers are this far from the truth without anything being wrong.
+# Headers are this far from the truth without anything being wrong, however long a recording is.
 LEAST_MISSING_S = 1.0
-MISSING_FRACTION = 0.001
+# Stretches that a message names; more are counted.
+NAMED_STRETCHES = 5
 
 
 class Tile(NamedTuple):
@@ -43,10 +44,6 @@ class Tile(NamedTuple):
     samples: Waveform
     probabilities: Probabilities
 
-    @property
-    def end(self) -> int:
-        return self.start + len(self.samples)
-
 
 class Speech(NamedTuple):
     """A window's speech: samples with zeros between the words, and where it starts, in samples."""
@@ -55,11 +52,22 @@ class Speech(NamedTuple):
     samples: Waveform
 
 
+class Read(NamedTuple):
+    """A span's tiles by boundary; in samples, where its sound ended and what of it is lost.
+
+    The tiles may go on in silence behind the end (decode_audio.Decoded).
+    """
+
+    tiles: dict[int, Tile]
+    end: int
+    lost: list[Stretch]
+
+
 class Heard(NamedTuple):
-    """A span: its windows with speech, and where its sound ended, in seconds."""
+    """A span: its windows with speech, and the sample at which the last one was cut."""
 
     windows: list[Speech]
-    end_s: float
+    end: int
 
 
 class PrepareSpeech:
@@ -77,11 +85,11 @@ class PrepareSpeech:
         found = grid(sound.duration_s, self._audio)
         index, track = asked["track_index"], asked["track"]
         check_division(asked, found.spans)
-        tiles = read_tiles(path, sound, found, found.span(index), self._audio, track)
+        read = read_tiles(path, sound, found, found.span(index), self._audio, track)
         row.decode_s = time.perf_counter() - started
         started = time.perf_counter()
-        heard = hear(tiles, found, found.span(index), self._audio)
-        row.gap = missing(heard.end_s, sound, found, index)
+        heard = hear(read, found, found.span(index), self._audio)
+        row.gap = missing(read, heard.end, sound, found, index)
         variables = json.loads(asked["variables"]) if asked["variables"] else None
         row.windows = [self._window(speech, variables) for speech in heard.windows]
         row.prepare_s = time.perf_counter() - started
@@ -102,12 +110,13 @@ class PrepareSpeech:
 
 def read_tiles(
     path: str, sound: Sound, grid: Grid, windows: range, settings: AudioSettings, track: str
-) -> dict[int, Tile]:
-    """The tiles that these windows need, by boundary. Those behind the end of the stream are empty."""
+) -> Read:
+    """The tiles that these windows need. Those behind the end of the stream are empty."""
     tiles = range(windows.start, windows.stop + 1)
-    pieces = decode_tiles(path, sound, grid, tiles, settings, track)
+    decoded = decode_tiles(path, sound, grid, tiles, settings, track)
     found = {}
-    for (_, wanted), (start, samples) in zip(grid.blocks(tiles), pieces, strict=True):
+    for (_, wanted), piece in zip(grid.blocks(tiles), decoded.pieces, strict=True):
+        start, samples = piece.start, piece.samples
         for boundary in wanted:
             begin, end = grid.tile(boundary)
             # one and the same at the start of the stream
@@ -121,12 +130,12 @@ def read_tiles(
             found[boundary] = Tile(
                 begin, samples[begin - start : end - start], np.maximum.reduce(voiced)
             )
-    return found
+    return Read(found, decoded.end, [lost for piece in decoded.pieces for lost in piece.lost])
 
 
-def hear(tiles: dict[int, Tile], grid: Grid, windows: range, settings: AudioSettings) -> Heard:
+def hear(read: Read, grid: Grid, windows: range, settings: AudioSettings) -> Heard:
     """Cut the windows out of their tiles, and keep what is speech."""
-    end = max((tile.end for tile in tiles.values() if len(tile.samples)), default=0)
+    tiles, end = read.tiles, read.end
 
     def boundary(index: int) -> int:
         if index == 0:
@@ -137,6 +146,7 @@ def hear(tiles: dict[int, Tile], grid: Grid, windows: range, settings: AudioSett
         return cut(grid, index, tile.probabilities, tile.samples, settings.speech_threshold)
 
     found: list[Speech] = []
+    stop = 0
     for window in windows:
         start, stop = boundary(window), min(boundary(window + 1), end)
         # only where the stream goes on behind the end that its header gives
@@ -144,31 +154,43 @@ def hear(tiles: dict[int, Tile], grid: Grid, windows: range, settings: AudioSett
         if stop > start:
             speech = _speech(tiles[window], tiles[window + 1], start, stop, settings)
             found.extend(speech)
-    return Heard(found, end / SAMPLE_RATE_HZ)
+    return Heard(found, stop)
 
 
-def missing(end_s: float, sound: Sound, grid: Grid, index: int) -> MediaError | None:
-    """What of a span is not there, where it is more than a header's inaccuracy.
+def missing(read: Read, heard: int, sound: Sound, grid: Grid, index: int) -> MediaError | None:
+    """What of a span is not in its windows, which end at the sample `heard`.
 
     Raises MediaError decode.corrupt where nothing of the span is there.
     """
     step_s = grid.step * CHUNK_SAMPLES / SAMPLE_RATE_HZ
     windows = grid.span(index)
     last = windows.stop == grid.windows
+    begins = windows.start * step_s
     wanted = sound.duration_s if last else windows.stop * step_s
-    tolerance = max(LEAST_MISSING_S, MISSING_FRACTION * sound.duration_s)
-    if wanted - end_s > tolerance:
-        begins = windows.start * step_s
-        said = f"no sound from {max(begins, end_s):.1f} s to {wanted:.1f} s: the file ends early"
-        gap = MediaError("decode.corrupt", said)
-        if end_s <= begins:
-            raise gap
-        return gap
-    if last and end_s - wanted > tolerance:
-        return MediaError(
-            "decode.corrupt", f"the stream goes on behind its given end at {wanted:.1f} s"
-        )
-    return None
+    end_s = read.end / SAMPLE_RATE_HZ
+    inside = [
+        (max(begins, first / SAMPLE_RATE_HZ), min(wanted, end_s, stop / SAMPLE_RATE_HZ))
+        for first, stop in read.lost
+    ]
+    silent = [(first_s, stop_s) for first_s, stop_s in inside if first_s < stop_s]
+    if wanted - end_s > LEAST_MISSING_S:
+        silent.append((max(begins, end_s), wanted))
+    said = []
+    if silent:
+        named = [f"{first_s:.1f} s to {stop_s:.1f} s" for first_s, stop_s in silent]
+        shown = ", ".join(named[:NAMED_STRETCHES])
+        more = len(named) - NAMED_STRETCHES
+        shown += f" and {more} more" if more > 0 else ""
+        said.append(f"no sound from {shown}: the file is damaged or ends early")
+    # what the last window cannot hold is cut off, and so is what no tile reaches
+    if last and (read.end > heard or read.end >= grid.tile(grid.windows)[1]):
+        said.append(f"the stream goes on behind its given end at {wanted:.1f} s")
+    if not said:
+        return None
+    gap = MediaError("decode.corrupt", "; ".join(said))
+    if end_s <= begins:
+        raise gap
+    return gap
 
 
 def _speech(

@@ -8,8 +8,10 @@ begins. What is only of pictures is in probe_video.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import ffmpeg
@@ -23,6 +25,8 @@ LEAST_S = 0.1
 MOST_S = 30 * 86_400.0
 # Their first timestamp is an offset that is meant; elsewhere it is where the clock stood.
 FROM_ZERO = frozenset({"mov", "mp4", "m4a", "matroska", "webm"})
+# One coded frame behind the other, without a container.
+UNTIMED = frozenset({"aac", "ac3", "amr", "dts", "eac3", "loas", "mlp", "mp3", "truehd"})
 # ffprobe guesses from the bit rate where no header says how long the file is.
 GUESSED = "Estimating duration from bitrate"
 ENTRIES = (
@@ -33,6 +37,10 @@ ENTRIES = (
 # Where to look for the data chunk; tags and cue points may stand before it.
 WAV_CHUNKS = 64
 WAV_NO_LENGTH = 0x7FFFF000
+# A page's flags and the number of its stream; one of the flags; more than the longest page.
+OGG_PAGE = re.compile(rb"OggS\0(.).{8}(.{4})", re.DOTALL)
+OGG_BEGINS = 2
+OGG_PAGES_BYTES = 1 << 17
 # A tag is anybody's text: of more digits Python makes no number.
 CLOCK = re.compile(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d+)?)")
 
@@ -44,6 +52,7 @@ class Sound:
     Seconds on the recording's time line; `origin_s` is that line's zero in the file's timestamps.
     """
 
+    index: int  # of the stream in the file
     start_s: float
     duration_s: float  # where the sound ends
     origin_s: float
@@ -51,6 +60,10 @@ class Sound:
     sample_rate_hz: int
     # The file has no usable duration: the packets were counted.
     counted: bool
+    # Its packets carry times; elsewhere ffmpeg counts them.
+    timed: bool
+    # Several Ogg streams one behind the other, as a radio's recorder leaves them.
+    chained: bool
 
 
 def probe_audio(path: str, settings: AudioSettings) -> Sound:
@@ -63,25 +76,29 @@ def probe_audio(path: str, settings: AudioSettings) -> Sound:
     start = seconds(sound.get("start_time"))
     # Beside a picture the container's duration may be that of the picture.
     end = end_s(header, sound, alone=not any(map(is_video, header.streams)))
-    guessed = end is None or header.guessed
+    chained = "ogg" in header.formats and _is_chained(path)
+    guessed = end is None or header.guessed or chained
     promised = _wav_length_s(path) if guessed and "wav" in header.formats else None
     counted = guessed and promised is None
     if promised is not None:
         end = first + promised
     elif counted:
-        end = first + count_packets(path, settings, "0:a:0")
+        end = first + count_packets(path, settings, f"0:{sound['index']}")
     assert end is not None  # noqa: S101
     start_s = max(0.0, (first if start is None else start) - origin)
     if end - origin - start_s < LEAST_S:
         raise MediaError("decode.too_short", f"{max(0.0, end - origin - start_s):.3f} s of sound")
     refuse_years(end - origin)
     return Sound(
+        index=int(sound["index"]),
         start_s=start_s,
         duration_s=end - origin,
         origin_s=origin,
         channels=int(sound["channels"]),
         sample_rate_hz=int(sound.get("sample_rate") or 0),
         counted=counted,
+        timed=not header.formats & UNTIMED,
+        chained=chained,
     )
 
 
@@ -176,6 +193,18 @@ def seconds(value: str | None) -> float | None:
         return float(value) if value is not None else None
     except ValueError:
         return None
+
+
+def _is_chained(path: str) -> bool:
+    """Whether the last page of an Ogg file belongs to none of the streams that it starts with."""
+    with open(path, "rb") as file:
+        first = file.read(OGG_PAGES_BYTES)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - OGG_PAGES_BYTES))
+        last = [found[2] for found in OGG_PAGE.finditer(file.read())]
+    # all streams of a link begin before the first of them goes on
+    begins = takewhile(lambda found: found[1][0] & OGG_BEGINS, OGG_PAGE.finditer(first))
+    begun = {found[2] for found in begins}
+    return bool(last) and last[-1] not in begun
 
 
 def _wav_length_s(path: str) -> float | None:

@@ -62,15 +62,15 @@ def measure(path: Path, settings: AudioSettings, spans: int) -> dict[str, float]
         probe_audio(str(path), settings)
         probed = cpu_s(resource.RUSAGE_CHILDREN)
         own = time.process_time()
-        tiles = read_tiles(str(path), sound, found, found.span(index), settings, "mix")
+        pieces = read_tiles(str(path), sound, found, found.span(index), settings, "mix")
         read = time.process_time() - own
         decoded = cpu_s(resource.RUSAGE_CHILDREN)
         own = time.process_time()
-        for tile, _ in product(tiles.values(), LEADS):
+        for tile, _ in product(pieces.tiles.values(), LEADS):
             speech_probabilities(tile.samples)
         voice = time.process_time() - own
         own = time.process_time()
-        heard = hear(tiles, found, found.span(index), settings)
+        heard = hear(pieces, found, found.span(index), settings)
         cuts = time.process_time() - own
         own = time.process_time()
         for window in heard.windows:

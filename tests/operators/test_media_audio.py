@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import re
+import shutil
 import wave
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +19,13 @@ from operators.errors import MediaError
 from operators.fetch import FetchError, Ref
 from operators.frames import FRAME_SAMPLES
 from operators.local_files import LocalFile
-from operators.media_audio import PrepareSpeech
+from operators.media_audio import PrepareSpeech, Read, missing
 from operators.media_files import FileMedia
 from operators.probe import probe_audio
 from operators.prompt import Prompt
 from operators.schema import PAYLOAD, PLAN, PREPARED
 from operators.settings import AudioSettings
-from operators.windows import spans
+from operators.windows import grid, spans
 
 PROMPT = Prompt(
     text="Transcribe.",
@@ -212,6 +215,81 @@ def test_a_file_that_ends_early_keeps_what_it_has(tmp_path: Path) -> None:
     assert "no sound from 80" in rows[1]["error_message"]
     assert windows(rows[:1]) == windows(run(whole, audio)[:1])
     assert max(rows[1]["window_end_s"]) <= 80.1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.m4a", ("-c:a", "aac", "-b:a", "48k", "-movflags", "+faststart")),
+        ("a.flac", ()),
+        ("a.wma", ("-c:a", "wmav2")),
+    ],
+)
+def test_damage_inside_of_a_file_is_named(
+    tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    """A fifth of the bytes is zero; the rest is kept, at its time."""
+    said = spoken(60, seed=1)
+    path = write(tmp_path / name, said.samples, *options)
+    data = bytearray(path.read_bytes())
+    first, last = len(data) * 2 // 5, len(data) * 3 // 5
+    data[first:last] = bytes(last - first)
+    path.write_bytes(data)
+    (row,) = run(path)
+    assert (row["error_code"], row["error_stage"]) == (None, "decode")
+    assert re.match(r"no sound from 2[345]\.\d s to 3[567]\.\d s: the file", row["error_message"])
+    kept = [word for word in said.words if word[2] < 22 or word[1] > 38]
+    assert len(kept) > 20
+    for _, start_s, end_s in kept:
+        assert any(w[0] - 0.07 <= start_s and end_s <= w[1] + 0.07 for w in windows([row]))
+
+
+def test_a_decoder_that_dies_in_a_block_costs_the_rest_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recording: Spoken
+) -> None:
+    """It gave 100 s of the first 303 s; the next block is whole."""
+    path = write(tmp_path / "a.wav", recording.samples)
+    whole = run(path, AudioSettings(span_s=600, timeout_s=60))
+    real = shutil.which("ffmpeg")
+    dying = tmp_path / "bin" / "ffmpeg"
+    dying.parent.mkdir()
+    dying.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    *"-ss 0.000000"*) {real} "$@" | head -c {100 * 4 * RATE_HZ}; kill -SEGV $$ ;;
+    *) exec {real} "$@" ;;
+esac
+"""
+    )
+    dying.chmod(0o755)
+    monkeypatch.setenv("PATH", str(dying.parent), prepend=":")
+    (row,) = run(path, AudioSettings(span_s=600, timeout_s=60))
+    assert re.match(r"no sound from 100\.0 s to 29\d\.\d s: the file", row["error_message"])
+    before, after = windows([row]), windows(whole)
+    assert [w for w in before if w[1] < 90] == [w for w in after if w[1] < 90]
+    assert [w for w in before if w[0] > 310] == [w for w in after if w[0] > 310]
+    assert not [w for w in before if w[0] > 101 and w[1] < 290]
+
+
+@pytest.mark.parametrize("hours", [0.01, 4.2])
+def test_what_is_missing_or_too_much_does_not_depend_on_the_length(
+    tmp_path: Path, hours: float
+) -> None:
+    sound = probe_audio(str(write(tmp_path / "a.wav", tone(1))), AUDIO)
+    sound = replace(sound, duration_s=hours * 3600)
+    found = grid(sound.duration_s, AUDIO)
+    end = round(sound.duration_s * RATE_HZ)
+
+    def message(last: int, heard: int) -> str | None:
+        gap = missing(Read({}, last, []), heard, sound, found, found.spans - 1)
+        return gap and gap.message
+
+    assert message(end, end) is None
+    assert message(end - RATE_HZ // 2, end - RATE_HZ // 2) is None
+    assert "no sound from" in (message(end - 2 * RATE_HZ, end - 2 * RATE_HZ) or "")
+    reached = found.tile(found.windows)[1]
+    assert "goes on behind" in (message(reached, reached) or "")
+    assert "goes on behind" in (message(end + RATE_HZ, end + RATE_HZ // 2) or "")
 
 
 def test_a_plan_of_another_file_and_a_prompt_without_room(tmp_path: Path) -> None:
