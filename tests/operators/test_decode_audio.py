@@ -247,7 +247,8 @@ def test_ogg_streams_one_behind_the_other(tmp_path: Path, codec: str) -> None:
         assert abs(shift_s(there, part)) <= DELAY_S
     begin = 13 * RATE_HZ
     later = decode_audio(str(path), sound, begin, begin, begin + 5 * RATE_HZ, SETTINGS).samples
-    assert shift_s(later, whole[begin : begin + 5 * RATE_HZ]) == 0
+    # where parts meet, the count of samples and the times differ by a packet at most
+    assert abs(shift_s(later, whole[begin : begin + 5 * RATE_HZ])) <= 0.02
 
 
 def test_the_stream_that_was_probed_is_decoded(tmp_path: Path) -> None:
