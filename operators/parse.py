@@ -13,7 +13,7 @@ import pyarrow as pa
 from operators.errors import FAILURES, MediaError
 from operators.prompt import VARIABLE
 from operators.retry import is_refusal
-from operators.schema import ANSWERS, LEDGER
+from operators.schema import ANSWERS, LEDGER, MISSING
 from operators.settings import AudioSettings
 from operators.stitch import Heard, Segment, split_translation, stitch
 from operators.tracks import channel, kind
@@ -53,7 +53,7 @@ class Parse:
         fields = {"status": "failed", **row, **fields}
         return {
             **{name: fields.get(name) for name in LEDGER.names},
-            "sealed": sealed(fields["error_code"]),
+            "sealed": sealed(fields["error_code"], row["version"]),
             "has_text": bool(fields.get("text")),
             "run_id": self._run_id,
             "finished_at": datetime.now(UTC),
@@ -159,8 +159,11 @@ def with_gaps(
     return {"status": "failed", **failure(MediaError(first.code, "; ".join(messages)))}
 
 
-def sealed(code: str | None) -> bool:
+def sealed(code: str | None, version: str | None) -> bool:
     """Whether this is the last word on a span, so that the next run leaves it alone."""
+    if code == "fetch.not_found":
+        # When it comes back it is another asset. What was only missed later may come back as it was.
+        return version == MISSING
     return code is None or not FAILURES[code].transient
 
 

@@ -26,6 +26,9 @@ SEGMENT = pa.struct(
     ]
 )
 
+# The version of a file that a manifest names and the store does not have.
+MISSING = "missing"
+
 FOUND = pa.schema(
     [
         # 32 hex digits: hash of uri, version and, where a manifest gives them, source_id and variables

@@ -18,7 +18,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from operators.schema import FAILED, RESULTS
+from operators.schema import FAILED, MISSING, RESULTS
 from operators.stitch import join
 from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
@@ -104,14 +104,17 @@ def assemble(
             OR ($lost AND any_value(base.status) IN ('failed', 'partial'))""",
         {"runs": runs, "lost": lost},
     )
-    # Rows that leave: replaced now, or an older version of a file that is listed with another one.
+    # Rows that leave: replaced now, or an older version of a file that is listed with another one. One
+    # that is gone, or whose store would not say, has none: an answer is not lost to it.
     db.execute(
         """CREATE OR REPLACE TABLE leaving AS
         SELECT asset_id FROM touched
         UNION
         SELECT base.asset_id FROM base
         JOIN found ON base.uri = found.uri AND base.source_id IS NOT DISTINCT FROM found.source_id
-        WHERE base.asset_id NOT IN (SELECT asset_id FROM found)"""
+        WHERE base.asset_id NOT IN (SELECT asset_id FROM found)
+            AND coalesce(found.version, '') NOT IN ('', $missing)""",
+        {"missing": MISSING},
     )
     parts = list(_carry_over(db, store, base, plan.run_id))
     values = {

@@ -15,6 +15,7 @@ from typing import IO, Any
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from operators.schema import MISSING
 from operators.stores import (
     HTTP,
     LOCAL,
@@ -166,9 +167,6 @@ def _walk(
         else:
             uri = str(store.unstrip_protocol(info["name"]))
             yield Entry(path[len(root) + 1 :], Asset(uri, version_of(info), info["size"]))
-
-
-MISSING = "missing"
 
 
 def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: bool = False) -> Asset:

@@ -9,7 +9,7 @@ import pytest
 
 from operators.errors import MediaError
 from operators.parse import Parse, caption, tags
-from operators.schema import ANSWERS, LEDGER
+from operators.schema import ANSWERS, LEDGER, MISSING
 from operators.settings import AudioSettings
 
 
@@ -71,10 +71,10 @@ def test_a_row_that_failed_before_keeps_its_code_and_only_a_passing_fault_stays_
     assert (busy["status"], busy["sealed"]) == ("failed", False)
 
 
-def test_a_missing_file_is_asked_again_since_it_may_come_back_as_it_was() -> None:
+def test_a_missing_file_is_asked_again_where_it_may_come_back_as_it_was() -> None:
     error = {"error_code": "fetch.not_found", "error_stage": "fetch", "error_message": "gone"}
-    (gone,) = parsed(row(**error, version="etag"))
-    assert (gone["sealed"], gone["has_text"]) == (False, False)
+    rows = parsed(*(row(**error, version=version) for version in ("etag", "", MISSING)))
+    assert [each["sealed"] for each in rows] == [False, False, True]
 
 
 def test_tags_are_structured() -> None:

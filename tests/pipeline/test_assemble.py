@@ -134,7 +134,8 @@ def commit(folder: Store, name: str, rows: list[Row], run_id: str, outcome: Outc
         if (fields := outcome(row)) is None:
             break
         whole = row | fields | {"run_id": run_id, "finished_at": datetime.now(UTC)}
-        whole |= {"sealed": sealed(fields.get("error_code")), "has_text": bool(fields["text"])}
+        whole["sealed"] = sealed(fields.get("error_code"), row["version"])
+        whole["has_text"] = bool(fields["text"])
         done.append({column: whole.get(column) for column in LEDGER.names})
     if done:
         table = pa.Table.from_pylist(done, schema=LEDGER)
@@ -288,6 +289,28 @@ def test_a_failure_keeps_its_text_until_there_is_a_better_one(
     assert night.said()["a"] == ("partial", "more of it")
     go(**again)
     assert night.said()["a"] == ("ok", "a 0")
+
+
+def test_a_file_that_is_gone_takes_no_answer_with_it(
+    night: Night, go: Callable[..., Finished]
+) -> None:
+    names = "".join(f"{name}.wav\n" for name in "ab")
+    (night.source / "list.csv").write_text(f"uri\n{names}")
+    listed = {"input": {"uri": str(night.source / "list.csv")}}
+    go(**listed)
+    (night.source / "a.wav").unlink()
+
+    def outcome(row: Row) -> Row | None:
+        return failed("fetch.not_found") if row["uri"].endswith("a.wav") else answered(row)
+
+    go(outcome, **listed)
+    found = [(Path(row["uri"]).stem, row["status"]) for row in night.results()]
+    assert sorted(found) == [("a", "failed"), ("a", "ok"), ("b", "ok")]
+    assert not go(outcome, **listed).did_work
+    night.add("a")
+    go(**listed)
+    assert night.said() == {"a": ("ok", "a 0"), "b": ("ok", "b 0")}
+    assert len(night.results()) == 2
 
 
 def test_a_summary_is_told_again_where_the_run_that_mended_its_video_died(
