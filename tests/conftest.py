@@ -137,7 +137,7 @@ class _WebHandler(BaseHTTPRequestHandler):
         else:
             route(self)
 
-    do_POST = do_GET
+    do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         pass

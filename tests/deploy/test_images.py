@@ -380,7 +380,8 @@ def test_down_ends_what_up_started_and_nobody_elses(
     # As after a restart of the machine: the number is another process's.
     with subprocess.Popen(["sleep", "600"], start_new_session=True) as other:
         with book.open("a") as lines:
-            lines.write(f"{other.pid} 1\n")
+            lines.write(book.read_text().splitlines()[0].replace(str(ours[0]), f"{other.pid}", 1))
+            lines.write("\n")
         assert local_cluster("down").returncode == 0
         assert other.poll() is None
         other.kill()

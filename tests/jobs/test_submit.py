@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
+from io import BytesIO
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
+from zipfile import ZipFile
 
 import media
 import pyarrow.parquet as pq
@@ -193,11 +196,6 @@ def test_submit_stop_and_go_on(head: str, job: Path) -> None:
     resumed = polyscribe("submit", str(job), *some, *at)
     tags = polyscribe("submit", str(job), *other, *none, "--wait", *at)
     assert tags.returncode == TOO_MANY_FAILED, polyscribe("logs", tags.stdout.strip(), *at).stdout
-    # Overrides travel in a file: they may be secrets, and this is what the dashboard shows.
-    shown = ray_job("list", *at).stdout
-    assert "exec python -m jobs run job.yaml'" in shown
-    assert "max_failed_fraction" not in shown
-    assert "What is" not in shown
     followed = polyscribe("logs", resumed.stdout.strip(), "--follow", *at)
     assert followed.returncode == FINISHED, followed.stdout
     assert "finished:" in followed.stdout
@@ -408,6 +406,57 @@ def test_no_job_server_is_said_in_a_line() -> None:
     assert ended.returncode == BROKEN
     assert ended.stderr.count("\n") == 1
     assert "no Ray job server" in ended.stderr
+
+
+class Packages(dict[str, Callable[[BaseHTTPRequestHandler], None]]):
+    """Routes of a job server that takes packages, whose paths are hashes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: list[bytes] = []
+
+    def get(self, path: str, default: Any = None) -> Any:
+        return self._package if path.startswith("/api/packages/") else super().get(path, default)
+
+    def _package(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.command == "PUT":
+            self.received.append(body(handler))
+        answer(handler, 404 if handler.command == "GET" else 200, {})
+
+
+def body(handler: BaseHTTPRequestHandler) -> bytes:
+    return handler.rfile.read(int(handler.headers["Content-Length"]))
+
+
+def test_overrides_travel_in_the_job_file_and_not_in_the_command(
+    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may be secrets, and the command is what the dashboard shows."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
+    )
+    shown: list[bytes] = []
+
+    def submit(handler: BaseHTTPRequestHandler) -> None:
+        shown.append(body(handler))
+        answer(handler, 200, {"job_id": "one", "submission_id": "one"})
+
+    web.routes = routes = Packages()
+    web.routes["/api/version"] = lambda handler: answer(handler, 200, VERSION)
+    web.routes["/api/jobs/"] = submit
+    overrides = ("output.storage_options.secret=wJalr", 'prompt.text=It\'s a $HOME; `x` "y" é')
+    words = [word for override in overrides for word in ("--set", override)]
+    assert main(["submit", str(file), *words, "--image-code", "--address", web.url]) == FINISHED
+    assert capsys.readouterr().out == "one\n"
+    (asked,) = shown
+    assert json.loads(asked)["entrypoint"] == "exec python -m jobs run job.yaml"
+    assert b"wJalr" not in asked
+    (package,) = routes.received
+    (tmp_path / "sent").mkdir()
+    with ZipFile(BytesIO(package)) as sent:
+        sent.extract("job.yaml", tmp_path / "sent")
+    assert load_job(tmp_path / "sent/job.yaml") == load_job(file, overrides)
 
 
 @pytest.mark.parametrize("code", [(), ("--image-code",)])
