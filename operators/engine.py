@@ -209,9 +209,8 @@ class Engine:
                 raise
             except (ValueError, VLLMClientError) as error:
                 raise MediaError("generate.rejected", str(error)) from error
-            except (
-                EngineGenerateError
-            ) as error:  # what its own processor says of a picture, wrapped
+            except EngineGenerateError as error:
+                # what its own processor says of a picture, wrapped
                 if isinstance(error.__cause__, ValueError):
                     raise MediaError("generate.rejected", str(error.__cause__)) from error
                 raise
