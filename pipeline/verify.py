@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,11 +35,14 @@ def verify(uri: str, storage_options: Mapping[str, Any]) -> tuple[list[str], dic
     marker = read_marker(folder)
     if marker is None:
         return [f"{folder.url(MARKER)} is missing: no run has finished here"], {}
-    return list(_problems(folder, marker)), marker["accounts"]
+    with scratch() as db:
+        return list(_problems(folder, marker, db)), marker["accounts"]
 
 
-def _problems(folder: Store, marker: dict[str, Any]) -> Iterator[str]:
-    seen: Counter[str] = Counter()
+def _problems(
+    folder: Store, marker: dict[str, Any], db: duckdb.DuckDBPyConnection
+) -> Iterator[str]:
+    db.execute("CREATE TABLE seen (asset_id VARCHAR)")
     for item in marker["files"]:
         try:
             data = folder.read(item["name"])
@@ -58,11 +60,21 @@ def _problems(folder: Store, marker: dict[str, Any]) -> Iterator[str]:
         if not table.schema.equals(schema):
             yield f"{item['name']}: its columns are not those of this version"
         if is_result:
-            seen.update(table["asset_id"].to_pylist())
-    if twice := [asset_id for asset_id, count in seen.items() if count > 1]:
-        yield f"{len(twice)} assets come twice in results, for example {twice[0]}"
+            db.register("part", table.select(["asset_id"]))
+            db.execute("INSERT INTO seen SELECT * FROM part")
+    twice, example = _named(db, "SELECT asset_id FROM seen GROUP BY asset_id HAVING count(*) > 1")
+    if twice:
+        yield f"{twice} assets come twice in results, for example {example}"
     yield from _strays(folder, marker)
-    yield from _accounts(folder, marker["accounts"], seen)
+    yield from _accounts(folder, marker["accounts"], db)
+
+
+def _named(db: duckdb.DuckDBPyConnection, assets: str) -> tuple[int, str]:
+    """How many, and the first of them."""
+    row: tuple[int, str] = db.execute(
+        f"SELECT count(DISTINCT asset_id), min(asset_id) FROM ({assets})"
+    ).fetchall()[0]
+    return row
 
 
 def _strays(folder: Store, marker: dict[str, Any]) -> Iterator[str]:
@@ -73,20 +85,22 @@ def _strays(folder: Store, marker: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}: not listed in {MARKER} (left by a run that did not finish)"
 
 
-def _accounts(folder: Store, accounts: dict[str, Any], seen: Counter[str]) -> Iterator[str]:
+def _accounts(
+    folder: Store, accounts: dict[str, Any], db: duckdb.DuckDBPyConnection
+) -> Iterator[str]:
     assets, spans = accounts["assets"], accounts["spans"]
     if assets["found"] != sum(assets[state] for state in ("ok", "empty", "partial", "failed")):
         yield f"the accounts of assets do not close: {assets}"
     if spans["planned"] != sum(spans[state] for state in ("ok", "empty", "failed")):
         yield f"the accounts of spans do not close: {spans}"
-    if len(seen) != accounts["result_rows"]:
-        yield f"results have {len(seen)} assets, {MARKER} says {accounts['result_rows']}"
-    with scratch() as db:
-        try:
-            ledger.load(db, folder)
-        except (duckdb.Error, pa.ArrowException, OSError) as error:
-            yield f"the ledger cannot be read: {error}"
-            return
-        known = {asset_id for (asset_id,) in db.execute("SELECT asset_id FROM ledger").fetchall()}
-    if strange := seen.keys() - known:
-        yield f"{len(strange)} results have no span in the ledger, for example {min(strange)}"
+    seen, _ = _named(db, "SELECT asset_id FROM seen")
+    if seen != accounts["result_rows"]:
+        yield f"results have {seen} assets, {MARKER} says {accounts['result_rows']}"
+    try:
+        ledger.load(db, folder)
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        yield f"the ledger cannot be read: {error}"
+        return
+    strange, example = _named(db, "SELECT asset_id FROM seen ANTI JOIN ledger USING (asset_id)")
+    if strange:
+        yield f"{strange} results have no span in the ledger, for example {example}"
