@@ -45,6 +45,12 @@ EVERY_CHANNEL = "+".join(f"c{index}" for index in range(64))
 # ffmpeg takes a leap of over 10 s in streams of broadcasters and in Ogg for a new clock, and closes it;
 # a seek behind it goes by the true times. Steps back are a new clock as ever.
 LEAP_S = 1e9
+# Lines that say nothing of the sound: decoders of pictures, and what follows either kind.
+OF_OTHERS = re.compile(
+    r"\[(h26[1-6]\w*|hevc|vvc|mpeg\dvideo|m?s?mpeg4\w*|vp\d\w*|av1|libdav1d|vc1|wmv\d|mjpeg|png|theora"
+    r"|prores|dvvideo|rv\d0|flv|cavs) @|\[ogg @ \w+\] failed to create or replace stream"
+    r"|\s*Last message repeated"
+)
 
 Stretch = tuple[int, int]
 
@@ -100,7 +106,8 @@ def decode_tiles(
     if sound.timed and stops[-1] - end > HOLE_SAMPLES and not read[-1].lost:
         begin = max(0, until - LAST_SAMPLES)
         last = decode_audio(path, sound, begin, begin, until, settings, track)
-        end = stops[-1] if len(last.samples) else end
+        if len(last.samples):
+            end = max(end, min(stops[-1], last.end))
     pieces = []
     for piece, stop in zip(read, stops, strict=True):
         short = stop - piece.end
@@ -130,6 +137,8 @@ def decode_audio(
     # clock goes on only there.
     sought = {"itsoffset": -sound.origin_s} if sound.chained else {"ss": sound.origin_s + seek_s}
     dropped = {"ss": seek_s} if sound.chained else {}
+    # where times are a count a changed rate makes them leap: there the bytes are the limit
+    limit = {"t": f"{stop / SAMPLE_RATE_HZ - seek_s + 1:.3f}"} if sound.timed else {}
     source = ffmpeg.input(
         f"file:{path}",
         # absolute, so that the time line's zero is ours and not ffmpeg's
@@ -149,7 +158,7 @@ def decode_audio(
             f="tee",
             c="pcm_f32le",
             **dropped,
-            t=f"{stop / SAMPLE_RATE_HZ - seek_s + 1:.3f}",
+            **limit,
             sn=None,
             dn=None,
             vn=None,
@@ -158,9 +167,9 @@ def decode_audio(
         .global_args("-dts_delta_threshold", f"{LEAP_S:g}")
         .compile()
     )
-    most = (1 + MOST_DROPPED) * (stop - zero + SAMPLE_RATE_HZ)
+    most = (1 + MOST_DROPPED * sound.timed) * (stop - zero + SAMPLE_RATE_HZ)
     done = run(command, settings, most_bytes=most * SAMPLE_BYTES)
-    faulty = done.cut or done.status != 0 or bool(done.message)
+    faulty = (done.cut and sound.timed) or done.status != 0 or _of_sound(done.message)
     samples, holes = _lay(done, stop - zero, JUMP_SAMPLES if sound.timed else None)
     # A late start is none, and where ffmpeg has nothing to say a hole is one of the recording's own.
     first = max(start, int(sound.start_s * SAMPLE_RATE_HZ))
@@ -182,6 +191,11 @@ RESAMPLE = (
 )
 
 
+def _of_sound(message: str) -> bool:
+    """Whether ffmpeg said anything that is not of pictures, or of a stream of chained Ogg that begins."""
+    return any(line and not OF_OTHERS.match(line) for line in message.splitlines())
+
+
 def _mono(sound: Sound, track: str) -> str:
     """The filter for a track. Its channels are those of each moment, whatever the header says."""
     if sound.channels == 1 or track == "mix":  # a single one is left as well as right
@@ -195,7 +209,7 @@ def _lay(done: Done, count: int, jump: int | None) -> tuple[Waveform, list[Stret
     """A run's samples at their times, at most `count`, and its [first, last) holes, from its zero on.
 
     Packets follow each other without a seam as long as their times agree with the count of samples to
-    `jump`; None: always, where times are themselves a count, and wrong where a rate changes. What is
+    `jump`. None: times are themselves a count, in which a leap is packets that gave nothing. What is
     before zero, or before a sample that is there, is dropped.
     """
     whole = len(done.stdout) // SAMPLE_BYTES
@@ -205,6 +219,13 @@ def _lay(done: Done, count: int, jump: int | None) -> tuple[Waveform, list[Stret
     ends = np.cumsum(packets[:, 1] // SAMPLE_BYTES)
     places = ends - packets[:, 1] // SAMPLE_BYTES
     later = packets[:, 0] - places
+    if jump is None and len(later):
+        # Packets that gave nothing are a leap that stays; one that is taken back is a rate that changed.
+        leaps = np.diff(later, prepend=later[0])
+        least = np.minimum.accumulate(later[::-1])[::-1]  # of what follows
+        stays = (leaps > JUMP_SAMPLES) & (later - least <= JUMP_SAMPLES)
+        later = later[0] + np.cumsum(np.where(stays, leaps, 0))
+        jump = JUMP_SAMPLES
     laid = np.zeros(count, np.float32)
     holes: list[Stretch] = []
     end = index = 0

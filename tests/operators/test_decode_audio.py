@@ -194,6 +194,9 @@ def test_channels_or_rate_change_inside_of_a_stream(
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     samples = decode(path)
     assert abs(len(samples) / RATE_HZ - 30) < 0.3
+    sound = probe_audio(str(path), SETTINGS)
+    until = decode_audio(str(path), sound, 0, 0, 15 * RATE_HZ, SETTINGS).samples
+    assert np.array_equal(until, samples[: 15 * RATE_HZ])
     # each part has its codec's delay, and its last frame is filled up
     assert abs(shift_s(samples[: 10 * RATE_HZ], head)) <= DELAY_S
     assert abs(shift_s(samples[10 * RATE_HZ :], body)) <= 2 * DELAY_S

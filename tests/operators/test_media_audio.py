@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import subprocess
 import wave
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -215,6 +216,48 @@ def test_a_file_that_ends_early_keeps_what_it_has(tmp_path: Path) -> None:
     assert "no sound from 80" in rows[1]["error_message"]
     assert windows(rows[:1]) == windows(run(whole, audio)[:1])
     assert max(rows[1]["window_end_s"]) <= 80.1
+
+
+def test_a_second_and_a_half_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", spoken(40, seed=3).samples)
+    path.write_bytes(path.read_bytes()[: -RATE_HZ * 3 // 2 * 2])
+    (row,) = run(path)
+    assert row["error_message"].startswith("no sound from 38.5 s to 40.0 s: ")
+
+
+def test_frames_that_cannot_be_decoded_leave_the_others_at_their_times(tmp_path: Path) -> None:
+    said = spoken(40, seed=3)
+    path = write(tmp_path / "a.aac", said.samples, "-ar", "44100")
+    data, noise = bytearray(path.read_bytes()), np.random.default_rng(1)
+    at = number = 0
+    while at + 7 < len(data):  # ADTS: 13 bits of a header are the frame's length, 1024 samples
+        length = (data[at + 3] & 3) << 11 | data[at + 4] << 3 | data[at + 5] >> 5
+        if 12 <= number * 1024 / 44100 < 20:
+            data[at + 7 : at + length] = noise.bytes(length - 7)
+        at, number = at + length, number + 1
+    path.write_bytes(data)
+    (row,) = run(path)
+    assert "no sound from 12" in row["error_message"]
+    kept = [word for word in said.words if word[2] < 11 or word[1] > 22]
+    assert len(kept) > 15
+    for _, start_s, end_s in kept:
+        assert any(w[0] - 0.1 <= start_s and end_s <= w[1] + 0.1 for w in windows([row]))
+
+
+def test_what_ffmpeg_says_of_pictures_is_no_damage_of_the_sound(tmp_path: Path) -> None:
+    """A broadcast that was tuned in between key frames, and a pause that no packet fills."""
+    said = spoken(30, seed=3).samples
+    film = tmp_path / "whole.ts"
+    pictures = ["-f", "lavfi", "-i", "testsrc=s=160x120:r=25:d=30"]
+    sound = ["-i", str(write(tmp_path / "a.wav", said)), "-af", "aselect='not(between(t,15,21))'"]
+    coded = ["-c:v", "libx264", "-g", "100", "-c:a", "aac", str(film)]
+    subprocess.run(["ffmpeg", "-v", "error", *pictures, *sound, *coded], check=True)
+    data = film.read_bytes()
+    start = len(data) // 188 // 10 * 188
+    cut = tmp_path / "cut.ts"
+    cut.write_bytes(data[start:])
+    (row,) = run(cut)
+    assert row["error_message"] is None
 
 
 @pytest.mark.parametrize(
