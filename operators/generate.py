@@ -142,6 +142,7 @@ class Generate:
         if not self._proven:
             with self._gate.alone():
                 self._engine.submit(TextRequest([0], 1)).result()
+            self._strikes.end([])  # the deaths before were not its own
             self._proven = True
 
     def _once_more(

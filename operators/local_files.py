@@ -160,7 +160,8 @@ class LocalFiles:
 
     def _whole(self, ref: Ref, file: IO[bytes]) -> int:
         if protocol(ref.uri) in HTTP:
-            return self._fetch.stream(ref, file, self._max_file_bytes)
+            most = self._max_file_bytes if ref.planned is None else ref.planned
+            return self._fetch.stream(ref, file, most)
         fetched = self._fetch(ref)
         file.write(fetched.data)
         return fetched.attempts

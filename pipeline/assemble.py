@@ -88,7 +88,7 @@ def assemble(
     there = {*store.names(RESULTS_FOLDER), *store.names(FAILURES_FOLDER)}
     # A part that is gone is made again: its assets are in no base.
     base = [item for item in listed if item.name in there]
-    lost = any(item.name.startswith(FAILURES_FOLDER) for item in listed if item not in base)
+    lost = any(item.name.startswith(FAILURES_FOLDER) for item in listed if item.name not in there)
     _load_base(db, store, base)
     db.create_function("joined", _joined, ["VARCHAR[]", "VARCHAR[]"], "VARCHAR")
     db.create_function("merged", _merged, ["VARCHAR[]"], "VARCHAR")

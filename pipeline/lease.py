@@ -120,6 +120,14 @@ class Lease:
             self._thread.start()
         return taken
 
+    def free(self) -> bool:
+        """Whether it is ours, or nobody's now."""
+        with self._lock:
+            if self._mine is not None:
+                return True
+            found = self._slot.read()
+            return found is None or _claim(found[0]).over()
+
     def _take(self) -> None:
         until, said = time.monotonic() + self._wait_s, False
         while True:
@@ -249,6 +257,10 @@ class LeasedStore(Store):
     def delete(self, names: Iterable[str]) -> None:
         self._hold()
         super().delete(names)
+
+    def free(self) -> bool:
+        """Whether no other run holds the lease now."""
+        return self._lease.free()
 
     def held(self) -> Store:
         """The same folder for writes that follow at once, from many threads: the lease is asked here."""

@@ -137,11 +137,17 @@ def bring(db: duckdb.DuckDBPyConnection, spans: str) -> Iterator[str]:
     and some SLICE_BYTES of text: DuckDB's aggregates into lists hold all of it, and don't spill.
     """
     db.execute(
-        f"""CREATE OR REPLACE TABLE brought AS
-        SELECT * FROM ledger_parts
-        JOIN (SELECT span_id, run_id, finished_at, place FROM ({spans}))
-        USING (span_id, run_id, finished_at)"""
+        f"""CREATE OR REPLACE TABLE wanted AS
+        SELECT span_id, run_id, finished_at, place FROM ({spans})"""
     )
+    # DuckDB takes an Arrow dataset for one row, and would build the join on all of its texts.
+    db.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+    # In order, so that a slice is read and not looked for.
+    db.execute(
+        """CREATE OR REPLACE TABLE brought AS
+        SELECT * FROM ledger_parts JOIN wanted USING (span_id, run_id, finished_at) ORDER BY place"""
+    )
+    db.execute("SET disabled_optimizers = ''")
     slices = db.execute(
         f"""SELECT min(place), max(place) FROM (
             SELECT place, sum(bytes) OVER (ORDER BY place) // {SLICE_BYTES} AS slice

@@ -115,13 +115,20 @@ def make_plan(
     ledger.load(db, store)
     # A summary is told again with what it is about; the run that did that may not have come to it.
     db.execute(
-        f"""CREATE TABLE sealed AS SELECT span_id, asset_id, division, span_count FROM states
-        WHERE sealed AND NOT (status = 'failed' AND $retry_failed) AND NOT (
-            track = '{SUMMARY}' AND run_id < (
-                SELECT max(run_id) FROM states AS about
-                WHERE about.asset_id = states.asset_id AND about.division = states.division
-            )
-        )""",
+        f"""CREATE TABLE outdated AS
+        WITH told AS (
+            SELECT span_id, asset_id, division, max(run_id) AS told_in FROM ledger_parts
+            WHERE track = '{SUMMARY}' GROUP BY ALL
+        )
+        SELECT span_id FROM told JOIN (
+            SELECT asset_id, division, max(run_id) AS newest
+            FROM states SEMI JOIN told USING (asset_id, division) GROUP BY ALL
+        ) USING (asset_id, division) WHERE told_in < newest"""
+    )
+    db.execute(
+        """CREATE TABLE sealed AS SELECT span_id, asset_id, division, span_count FROM states
+        ANTI JOIN outdated USING (span_id)
+        WHERE sealed AND NOT (status = 'failed' AND $retry_failed)""",
         {"retry_failed": job.limits.retry_failed},
     )
     db.execute(

@@ -208,6 +208,8 @@ def _publish(
 
 def _end(job: Job, folder: LeasedStore, assembly: Assembly) -> None:
     """What follows the marker, and is left to the next run by one that was killed there."""
+    if not assembly.changed and not folder.free():
+        return  # what looks left over is another run's, which is at work
     drop_replaced(folder, assembly)
     if (marker := read_marker(folder)) is not None:
         write_latest(Store(job.output.uri, job.output.storage_options), job, marker["run_id"])

@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import random
+import string
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -179,6 +181,29 @@ def test_slices_of_text_give_the_same_results_as_one(
     assert finished.accounts["failures_by_code"] == {"generate.looped": 1}
 
 
+def test_the_ledgers_texts_need_not_fit_memory(
+    night: Night, go: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where all of them are put together, nor where none is."""
+    divide(monkeypatch, "audio", Track("mix", [(0.0, 300.0)] * 20))
+    monkeypatch.setattr(pipeline.plan, "MEMORY_LIMIT", "120MB")
+    monkeypatch.setattr(ledger, "SLICE_BYTES", 8 << 20)
+    letters = "".join(random.Random(0).choices(string.ascii_lowercase, k=1_000_000))
+
+    def outcome(row: Row) -> Row:
+        begin = 37 * row["place"] + 4500 * row["span_index"]
+        return {"status": "ok", "text": letters[begin : begin + 4500]}
+
+    for letter in "ef":
+        night.add(*(f"{letter}{number}" for number in range(600)))
+        go(outcome)
+    assert not go().did_work
+    night.add("z")
+    assert go().did_work
+    assert len(night.results()) == 1205
+    assert {status for status, _ in night.said().values()} == {"ok"}
+
+
 def test_a_retry_is_not_forgotten_when_runs_in_between_did_not_list_its_asset(
     night: Night, go: Callable[..., Finished]
 ) -> None:
@@ -327,8 +352,9 @@ def test_a_summary_is_told_again_where_the_run_that_mended_its_video_died(
     go(half)
     with pytest.raises(Killed):
         go(dies=True)
-    go()
+    go(lambda row: failed("generate.looped"))
+    assert not go().did_work  # it was asked, and its former answer stands
+    assert night.said() == {"a": ("ok", "a 2")}
     assert len(night.told) == 2
     assert json.loads(night.told[0])["failed"] == "fetch.timeout"
     assert json.loads(night.told[1])["failed"] is None
-    assert night.said() == {"a": ("ok", "a 2")}
