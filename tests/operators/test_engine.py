@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 import threading
 import time
@@ -15,10 +16,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
 
 from operators.decode_image import decode_image
-from operators.engine import Engine, EngineOptions, engine_dtype
+from operators.engine import Adapter, Engine, EngineOptions, engine_dtype
 from operators.engine_media import pixel_values
 from operators.engine_meter import Meter, watch
 from operators.errors import MediaError
@@ -31,6 +33,20 @@ from operators.settings import ImageSettings, ModelSettings, PromptSettings, Sam
 pytestmark = pytest.mark.engine
 
 ANSWER_TOKENS = 24
+OPTIONS = EngineOptions(
+    modality="image",
+    max_soft_tokens=280,
+    answer_tokens=ANSWER_TOKENS,
+    max_num_seqs=8,
+    max_num_batched_tokens=2048,
+    gpu_memory_utilization=0.9,
+    kv_cache_memory_bytes=1 << 28,
+    enforce_eager=True,
+    stall_timeout_s=120,
+    load_format="auto",
+)
+# An adapter's, more than vLLM takes unless it is told.
+RANK = 32
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +80,7 @@ def engine(nano: Path, deaths: list[str], temporary: Path) -> Iterator[Engine]:
     started = Engine(
         ModelSettings(id=str(nano)),
         SamplingSettings(),
-        EngineOptions(
-            modality="image",
-            max_soft_tokens=280,
-            answer_tokens=ANSWER_TOKENS,
-            max_num_seqs=8,
-            max_num_batched_tokens=2048,
-            gpu_memory_utilization=0.9,
-            kv_cache_memory_bytes=1 << 28,
-            enforce_eager=True,
-            stall_timeout_s=120,
-            load_format="auto",
-        ),
+        OPTIONS,
         die=deaths.append,
     )
     yield started
@@ -259,3 +264,49 @@ def test_a_dead_engine_ends_its_actor_and_nobody_waits_on_it(
 
 
 SHAPE = media.encode(media.photo(64, 64), "PNG")
+
+
+def config(folder: Path, **fields: object) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return str(folder)
+
+
+def test_the_rank_is_the_adapters(tmp_path: Path) -> None:
+    assert Adapter.find(config(tmp_path, r=8)).max_rank == 8
+    assert Adapter.find(config(tmp_path, r=8, rank_pattern={"down_proj": 40})).max_rank == 64
+    with pytest.raises(ValueError, match=r"model\.adapter: rank 600; at most 512 is allowed"):
+        Adapter.find(config(tmp_path, r=600))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"r": "many"}'])
+def test_what_is_no_adapter_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.adapter: {tmp_path} is no LoRA adapter"):
+        Adapter.find(str(tmp_path))
+
+
+def test_an_adapter_changes_the_answer(prompt: Prompt, nano: Path, tmp_path: Path) -> None:
+    weights = load_file(nano / "model.safetensors")
+    torch.manual_seed(0)
+    adapter = {}
+    for name, weight in weights.items():
+        if name.endswith("mlp.down_proj.weight"):
+            place = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter[f"{place}.lora_A.weight"] = torch.randn(RANK, weight.shape[1]) * 0.1
+            adapter[f"{place}.lora_B.weight"] = torch.randn(weight.shape[0], RANK) * 0.5
+    folder = config(
+        tmp_path, peft_type="LORA", r=RANK, lora_alpha=RANK, target_modules=["down_proj"]
+    )
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
+    model = ModelSettings(id=str(nano), adapter=folder)
+    engine = Engine(model, SamplingSettings(), OPTIONS)
+    try:
+        data = (SAMPLES / "shapes-01.png").read_bytes()
+        answer = engine.submit(prepared(data, prompt)).result(120)
+    finally:
+        engine.close()
+    assert answer.output_tokens > 0
+    # what the checkpoint says by itself (deploy/samples/expected.jsonl)
+    assert "orange square" not in answer.text
