@@ -7,6 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from operators.engine import emulated_bfloat16
+
 MUON_RATE: Final = 4e-3
 ADAMW_RATE: Final = 3e-3
 # (step, share of the full rate): warm-up, flat, down to nothing, and the same once more, smaller.
@@ -30,9 +32,13 @@ def rate(step: int) -> float:
 
 
 def orthogonalise(stack: Tensor) -> Tensor:
-    """Newton-Schulz with the quintic of Muon over [n, rows, columns], five rounds in bf16."""
+    """Newton-Schulz with the quintic of Muon over [n, rows, columns], five rounds.
+
+    In bf16, or in float32 where a CPU would only emulate its products.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = stack.bfloat16()
+    emulated = stack.device.type == "cpu" and emulated_bfloat16()
+    x = stack if emulated else stack.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.transpose(1, 2)

@@ -18,6 +18,7 @@ from deploy.nano import (
     instructions,
     model,
     network,
+    optimiser,
     prepare,
     sequences,
     start,
@@ -245,6 +246,24 @@ def test_the_first_mlp_starts_as_band_energies() -> None:
     others = torch.cat([squares[:2], squares[3:]])
     assert squares[2] == pytest.approx(1.0, abs=0.25)
     assert others.abs().max() < 0.35
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (32, 32)])
+def test_steps_of_muon_are_orthogonal_and_keep_their_direction(
+    shape: tuple[int, int], emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimiser, "emulated_bfloat16", lambda: emulated)
+    given = torch.randn(3, *shape, generator=torch.Generator().manual_seed(4))
+    found = optimiser.orthogonalise(given)
+    left, strengths, right = torch.linalg.svd(given, full_matrices=False)
+    kept = strengths > 0.2 * strengths[:, :1]
+    along = (left.transpose(1, 2) @ found @ right.transpose(1, 2)).diagonal(dim1=1, dim2=2)
+    assert found.dtype == torch.float32
+    # Between these the quintic leaves each singular value: it was made to be quick, not exact.
+    assert (along[kept] > 0.6).all()
+    assert (along[kept] < 1.3).all()
+    assert torch.allclose(found, left * along[:, None] @ right, atol=0.05)
 
 
 # Found by its name, by its language, and with a variant.
