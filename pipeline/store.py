@@ -59,12 +59,17 @@ class Store:
             return False
 
     def names(self, folder: str = "", suffix: str = "") -> list[str]:
-        """Every file below `folder`, sorted, as names for `read`; a missing folder has none."""
+        """Every file below `folder`, sorted, as names for `read`; a missing folder has none.
+
+        Raises OSError where a folder cannot be listed.
+        """
         store, root = self._at("")
         below = f"{root}/{folder}".rstrip("/")
         if self._local:
             found = [
-                os.path.join(place, name) for place, _, names in os.walk(below) for name in names
+                os.path.join(place, name)
+                for place, _, names in os.walk(below, onerror=_unlisted)
+                for name in names
             ]
         elif self._s3:
             bucket, key = split_bucket(store, below)
@@ -151,6 +156,12 @@ def _delete_s3(store: fsspec.AbstractFileSystem, paths: list[str]) -> None:
     # s3fs's own bulk delete does not look at these.
     for fault in answer.get("Errors", []):
         raise OSError(f"s3://{bucket}/{fault['Key']}: not deleted: {fault.get('Code')}")
+
+
+def _unlisted(error: OSError) -> None:
+    # os.walk passes over it otherwise: a ledger that cannot be listed would pass for an empty one
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _unfinished(name: str) -> bool:

@@ -51,6 +51,15 @@ def test_names_are_sorted_recursive_relative_to_the_root_and_fresh(store):
     assert store.names("ledger", ".parquet") == ["ledger/sub/a.parquet"]
 
 
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    store = Store(str(tmp_path), {})
+    store.write("ledger/a.parquet", b"1")
+    (tmp_path / "ledger").rename(tmp_path / "before")
+    (tmp_path / "ledger").symlink_to("ledger")
+    with pytest.raises(OSError, match="symbolic links"):
+        store.names("ledger")
+
+
 def test_a_second_store_sees_the_write_of_the_first(store):
     other = pickle.loads(pickle.dumps(store))
     assert other.names() == []
