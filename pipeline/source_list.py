@@ -100,20 +100,23 @@ def _local(
     skipped: Skipped,
     excluded: Callable[[str], bool],
 ) -> Iterator[Entry]:
-    here = os.stat(folder)
-    # A link to a folder above would never end.
-    if (here.st_dev, here.st_ino) in above:
-        skipped.add("link to a folder above it")
-        return
-    above = (*above, (here.st_dev, here.st_ino))
     try:
+        here = os.stat(folder)
+        # A link to a folder above would never end.
+        if (here.st_dev, here.st_ino) in above:
+            skipped.add("link to a folder above it")
+            return
         with os.scandir(folder) as found:
-            inside = sorted((entry.name, entry.is_dir()) for entry in found)
-    except PermissionError as error:
-        if name and excluded(name):
+            inside = sorted((entry.name, _is_folder(entry)) for entry in found)
+    except OSError as error:
+        if name and isinstance(error, FileNotFoundError):
+            skipped.add("folder that went while it was listed")
+            return
+        if name and isinstance(error, PermissionError) and excluded(name):
             skipped.add("excluded")
             return
         raise refusal(folder, error) from error
+    above = (*above, (here.st_dev, here.st_ino))
     for last, is_folder in inside:
         path = os.path.join(folder, last)
         if is_folder:
@@ -131,6 +134,15 @@ def _local(
                 yield Entry(name + last, _local_asset(path, status))
             else:
                 skipped.add("not a regular file")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if classify(error)[0] != "fetch.not_found":
+            raise
+        return False  # a link to itself, or to a name that is too long
 
 
 def _stat(path: str) -> os.stat_result:

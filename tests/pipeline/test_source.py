@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -169,6 +170,24 @@ def test_links_are_followed_once_and_dead_ones_keep_their_row(tmp_path):
     assert [row["uri"] for row in rows] == [f"{tmp_path}/a.jpg", f"{tmp_path}/dead.jpg"]
     assert (rows[1]["version"], rows[1]["size_bytes"]) == ("", None)
     assert found(tmp_path)[1] == {"link to a folder above it": 1, "not a regular file": 1}
+
+
+def test_a_link_that_leads_nowhere_costs_its_own_row(tmp_path):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "long.jpg").symlink_to("x" * 300)
+    names = ["a.jpg", "long.jpg", "loop.jpg"]
+    assert found(tmp_path) == ([f"{tmp_path}/{name}" for name in names], {})
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_counted(tmp_path):
+    touch(tmp_path, "b/c.jpg", *[f"a/{number}.jpg" for number in range(256)])
+    listing = source(tmp_path)
+    batches = listing.batches()
+    first = next(batches)
+    shutil.rmtree(tmp_path / "b")
+    assert (first.num_rows, list(batches)) == (256, [])
+    assert listing.skipped == {"folder that went while it was listed": 1}
 
 
 def test_a_file_whose_disk_gives_no_status_stops_the_listing(tmp_path, monkeypatch):
