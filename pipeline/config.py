@@ -87,9 +87,13 @@ class InputConfig(Settings):
         "auto", description="auto: by the URI's extension; anything without a known one is a prefix"
     )
     include: tuple[str, ...] = Field(
-        (), description="globs below the prefix; default: the task's own file types"
+        (),
+        description="globs below the prefix, of tar shards those of members; default: the task's own"
+        " file types",
     )
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = Field(
+        (), description="globs likewise, and of the names of tar shards; wins over include"
+    )
     uri_column: str = Field("uri", description="manifest: the column that names the file")
     id_column: str | None = Field(None, description="manifest: carried into results as source_id")
     variable_columns: tuple[str, ...] = Field(

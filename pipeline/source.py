@@ -40,6 +40,7 @@ __all__ = ["Source", "SourceError"]
 GLOB = re.compile(r"\*|\{[^{}/]*(?:,|\.\.)[^{}/]*\}")
 MAGIC = re.compile(r"[*?\[{]")
 GLOB_FLAGS = glob.GLOBSTAR | glob.BRACE | glob.DOTGLOB | glob.FORCEUNIX
+TAR = frozenset({".tar"})
 COMPRESSED_TAR = re.compile(r"\.(?:tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 MAX_PATTERNS = 10_000  # what {0000..9999} expands to
 
@@ -69,17 +70,22 @@ class Source:
                 f"{redact(given.uri)}: a glob in input.uri and input.include; give one of them"
             )
         if kind == "manifest":
+            if given.include or given.exclude:
+                raise SourceError(
+                    f"{redact(given.uri)}: input.include and exclude are for prefixes and tar shards;"
+                    " every row of a manifest is taken"
+                )
             return manifest_assets(given, self.skipped)
         if kind == "file":
             return iter([self._single(given.uri)])
         if kind == "prefix":
-            wanted = self._filter((pattern,) if pattern else given.include)
+            wanted = self._filter((pattern,) if pattern else given.include, self._extensions)
             return self._below(prefix, wanted)
         if pattern or not _name(given.uri).lower().endswith(".tar"):
-            shards = self._below(prefix, _matcher((pattern or "**/*.tar",)))
+            shards = self._below(prefix, self._filter((pattern,) if pattern else (), TAR))
         else:
             shards = iter([self._single(given.uri)])
-        wanted = self._filter(given.include)
+        wanted = self._filter(given.include, self._extensions)
         return tar_assets(shards, wanted, given.storage_options, self.skipped)
 
     def _kind(self) -> tuple[str, str, str]:
@@ -112,8 +118,10 @@ class Source:
         )
         return (entry.asset for entry in found if wanted(entry.name))
 
-    def _filter(self, include: Sequence[str]) -> Callable[[str], bool]:
-        """Whether a name is taken; counts those that are not."""
+    def _filter(
+        self, include: Sequence[str], extensions: frozenset[str]
+    ) -> Callable[[str], bool]:
+        """Whether a name is taken, by globs or else by its type; counts those that are not."""
         excluded, included = _matcher(self._input.exclude), _matcher(include)
 
         def wanted(name: str) -> bool:
@@ -123,7 +131,7 @@ class Source:
                 if included(name):
                     return True
                 self.skipped.add("not in include")
-            elif extension(name) in self._extensions:
+            elif extension(name) in extensions:
                 return True
             else:
                 self.skipped.unknown_type(name)

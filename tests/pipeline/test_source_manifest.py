@@ -251,6 +251,12 @@ def test_a_column_without_a_name_is_nobodys_id(tmp_path):
     assert (rows[0]["source_id"], rows[0]["version"]) == (None, "")
 
 
+@pytest.mark.parametrize("field", ["include", "exclude"])
+def test_globs_beside_a_manifest_are_refused_not_ignored(tmp_path, field):
+    (tmp_path / "m.csv").write_text("uri\na.jpg\n")
+    assert "input.include and exclude" in refused(tmp_path / "m.csv", **{field: ("*.jpg",)})
+
+
 def test_a_manifest_of_unknown_form_names_the_known_ones(tmp_path):
     (tmp_path / "m.txt").write_text("a.jpg")
     assert ".jsonl" in refused(tmp_path / "m.txt", kind="manifest")
