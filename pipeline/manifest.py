@@ -39,6 +39,8 @@ MANIFESTS = (*PARQUET, *CSV, *JSON_LINES)
 STAT_THREADS = 32
 STAT_AT_ONCE = 256
 PARQUET_ROWS = 1024
+# A day of speech is about 150,000 words; csv's own limit is 131,072 characters.
+MAX_TEXT_CHARS = 1 << 28
 
 Row = Mapping[str, object]
 
@@ -154,6 +156,9 @@ def _rows(uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
         raise SourceError(f"{redact(uri)}: the manifest is not UTF-8 text") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{redact(uri)}: the manifest is damaged gzip: {error}") from error
+    except ValueError as error:  # fsspec's way to say it
+        message = f"{redact(uri)}: the server knows no ranges; copy the manifest to a store or a disk"
+        raise SourceError(message) from error
     except listing_faults(uri) as error:
         raise refusal(uri, error) from error
 
@@ -170,10 +175,18 @@ def _parquet(file: Any, uri: str, config: InputConfig) -> Iterator[tuple[str, Ro
 
 
 def _csv(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(MAX_TEXT_CHARS)
     reader = csv.DictReader(text, strict=True)
     try:
         _check(reader.fieldnames or (), uri, config)
-        yield from ((f"line {reader.line_num}", row) for row in reader)
+        for row in reader:
+            # a comma that nobody quoted: the uri, cut at it, may be another file's
+            if any(row.get(None) or ()):
+                raise SourceError(
+                    f"{redact(uri)}: line {reader.line_num}: more cells than the first line has"
+                    " columns; a value with a comma must stand in quotes"
+                )
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise SourceError(f"{redact(uri)}: line {reader.line_num}: not CSV: {error}") from error
 

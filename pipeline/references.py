@@ -21,14 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.stores import HTTP, protocol, reason, redact, unsigned
-from pipeline.manifest import CSV, MANIFESTS, PARQUET, resolve
+from pipeline.manifest import CSV, MANIFESTS, MAX_TEXT_CHARS, PARQUET, resolve
 from pipeline.source_list import opened
 from pipeline.source_rows import listing_faults
 
 # The most exact first: the first one that the references have is the key.
 KEYS = ("asset_id", "source_id", "uri")
-# A day of speech is about 150,000 words; csv's own limit is 131,072 characters.
-MAX_TEXT_CHARS = 1 << 28
 NAMED_AT_MOST = 5
 
 Row = dict[str, Any]
@@ -93,7 +91,7 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     name = uri.lower().partition("?")[0]
     if not name.endswith(MANIFESTS):
         raise EvaluateError(f"{redact(uri)}: must end in one of {', '.join(MANIFESTS)}")
-    limit = csv.field_size_limit(MAX_TEXT_CHARS)
+    csv.field_size_limit(MAX_TEXT_CHARS)
     try:
         with opened(uri, options) as file:
             if name.endswith(PARQUET):
@@ -111,8 +109,6 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
         raise EvaluateError(f"{redact(uri)}: not a whole file of its kind: {error}") from error
     except listing_faults(uri) as error:
         raise EvaluateError(f"{redact(uri)}: cannot be read: {reason(error)}") from error
-    finally:
-        csv.field_size_limit(limit)
     if any(not isinstance(row, dict) for row in rows):
         raise EvaluateError(f"{redact(uri)}: every line must be an object with columns")
     return list(dict.fromkeys(name for row in rows for name in row)), rows

@@ -202,6 +202,7 @@ def test_a_folder_of_parquet_is_a_manifest_where_it_is_called_one(tmp_path, s3):
         ("m.csv", b'uri\n"a', "not CSV"),
         ("m.csv", b"uri\n\xff\xfe", "not UTF-8"),
         ("m.csv", b"", "no column 'uri'"),
+        ("m.csv", b"uri,id\nhttps://h/a.jpg?w=1,h=2,7", "line 2: more cells"),
         ("m.csv.gz", b"uri\na.jpg", "damaged gzip"),
         ("m.csv.gz", gzip.compress(as_csv(ROWS))[:-9], "damaged gzip"),
     ],
@@ -242,6 +243,29 @@ def test_a_row_that_is_no_text_is_named_by_line_and_column(tmp_path, name, data,
     (tmp_path / name).write_bytes(data)
     message = refused(tmp_path / name, id_column="id", variable_columns=("id",), stat=False)
     assert f"{tmp_path}/{name}: {words}" in message
+
+
+def test_a_csv_may_hold_long_texts_and_a_comma_at_the_end_of_its_lines(tmp_path):
+    (tmp_path / "m.csv").write_text(f"uri,page\na.jpg,{'x' * 200_000},\nb.jpg,y,,\n")
+    rows, _ = listed(tmp_path / "m.csv", variable_columns=("page",), stat=False)
+    assert [len(row["variables"]) for row in rows] == [200_012, 13]
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_a_manifest_on_a_server_without_ranges_is_refused(web, name):
+    rows = [{"uri": f"{number}.jpg", "text": "x" * 1000} for number in range(4000)]
+    data = FORMS["list" + name[1:]](rows)
+
+    def route(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(data)
+
+    web.routes[f"/{name}"] = web.routes[f"HEAD /{name}"] = route
+    message = refused(f"{web.url}/{name}", stat=False)
+    assert f"{web.url}/{name}: the server knows no ranges" in message
 
 
 def test_a_column_without_a_name_is_nobodys_id(tmp_path):
