@@ -104,8 +104,9 @@ def assemble(
             OR ($lost AND any_value(base.status) IN ('failed', 'partial'))""",
         {"runs": runs, "lost": lost},
     )
-    # Rows that leave: replaced now, or an older version of a file that is listed with another one. One
-    # that is gone, or whose store would not say, has none: an answer is not lost to it.
+    # Rows that leave: replaced now, or an older version of a file that is listed with another one. A new
+    # one that is no version (the file is gone, or its store would not say) takes no answer with it, unless
+    # it has one of its own.
     db.execute(
         """CREATE OR REPLACE TABLE leaving AS
         SELECT asset_id FROM touched
@@ -113,7 +114,8 @@ def assemble(
         SELECT base.asset_id FROM base
         JOIN found ON base.uri = found.uri AND base.source_id IS NOT DISTINCT FROM found.source_id
         WHERE base.asset_id NOT IN (SELECT asset_id FROM found)
-            AND coalesce(found.version, '') NOT IN ('', $missing)""",
+            AND (coalesce(found.version, '') NOT IN ('', $missing) OR found.asset_id IN (
+                SELECT asset_id FROM ledger WHERE status != 'failed' OR has_text))""",
         {"missing": MISSING},
     )
     parts = list(_carry_over(db, store, base, plan.run_id))

@@ -338,6 +338,24 @@ def test_a_file_that_is_gone_takes_no_answer_with_it(
     assert len(night.results()) == 2
 
 
+def test_an_answer_without_a_version_replaces_the_one_with(
+    night: Night, go: Callable[..., Finished]
+) -> None:
+    (night.source / "list.csv").write_text("uri\na.wav\nb.wav\n")
+    listed = {"uri": str(night.source / "list.csv")}
+    go(input=listed)
+
+    def outcome(row: Row) -> Row | None:
+        return failed("fetch.timeout") if row["uri"].endswith("b.wav") else answered(row)
+
+    go(outcome, input=listed | {"stat": False})
+    found = [(Path(row["uri"]).stem, row["status"]) for row in night.results()]
+    assert sorted(found) == [("a", "ok"), ("b", "failed"), ("b", "ok")]
+    go(input=listed)
+    assert [row["status"] for row in night.results()] == ["ok", "ok"]
+    assert all(row["version"] for row in night.results())
+
+
 def test_a_summary_is_told_again_where_the_run_that_mended_its_video_died(
     night: Night, go: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
