@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray.data
 
 from operators.divide import Divide, speech_tracks, video_tracks
-from operators.fetch import Fetch
+from operators.fetch import PART_BYTES, Fetch
 from operators.local_files import LocalFiles
 from operators.schema import DIVIDED, FOUND
 from operators.tracks import FRAMES, sound_tracks
@@ -30,8 +30,10 @@ PROBE_CPUS = 0.5
 
 def local_files(job: Job) -> LocalFiles:
     """The cache that all workers of a node share."""
+    # max_bytes is an image's, and here each request reads a part of a file
+    parts = {"max_bytes": max(job.fetch.max_bytes, PART_BYTES)}
     return LocalFiles(
-        Fetch(job.fetch, job.input.storage_options),
+        Fetch(job.fetch.model_copy(update=parts), job.input.storage_options),
         str(Path(tempfile.gettempdir()) / f"polyscribe-files-{os.getuid()}"),
         max_file_bytes=job.fetch.max_file_bytes,
         max_bytes=job.fetch.max_cache_bytes,
