@@ -23,7 +23,7 @@ def verify(uri: str, storage_options: Mapping[str, Any]) -> tuple[list[str], dic
     """(problems, the marker's accounts) of OUTPUT or OUTPUT/<fingerprint>.
 
     Checks that each listed part has its bytes, rows and columns, that nothing stands beside them, that
-    no asset comes twice, that the ledger's spans are all in the results, and that the accounts close.
+    no asset comes twice, that the ledger has every result's spans, and that the accounts close.
     """
     root = Store(uri, storage_options)
     try:
