@@ -157,7 +157,9 @@ def _rows(uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{redact(uri)}: the manifest is damaged gzip: {error}") from error
     except ValueError as error:  # fsspec's way to say it
-        message = f"{redact(uri)}: the server knows no ranges; copy the manifest to a store or a disk"
+        message = (
+            f"{redact(uri)}: the server knows no ranges; copy the manifest to a store or a disk"
+        )
         raise SourceError(message) from error
     except listing_faults(uri) as error:
         raise refusal(uri, error) from error

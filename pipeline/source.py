@@ -118,9 +118,7 @@ class Source:
         )
         return (entry.asset for entry in found if wanted(entry.name))
 
-    def _filter(
-        self, include: Sequence[str], extensions: frozenset[str]
-    ) -> Callable[[str], bool]:
+    def _filter(self, include: Sequence[str], extensions: frozenset[str]) -> Callable[[str], bool]:
         """Whether a name is taken, by globs or else by its type; counts those that are not."""
         excluded, included = _matcher(self._input.exclude), _matcher(include)
 

@@ -102,7 +102,9 @@ def test_what_is_no_shard_in_a_folder_of_them_is_counted(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(tar(("a.jpg", b"1")))
     rows, skipped = listed(tmp_path, kind="tar", exclude=("val/*",))
-    assert [row["fetch_uri"] for row in rows] == [f"{tmp_path}/{name}" for name in ("1.tar", "2.TAR")]
+    assert [row["fetch_uri"] for row in rows] == [
+        f"{tmp_path}/{name}" for name in ("1.tar", "2.TAR")
+    ]
     assert skipped == {"unknown type .gz": 1, "unknown type .txt": 1, "excluded": 1}
     rows, skipped = listed(f"{tmp_path}/*.tar")
     assert [row["fetch_uri"] for row in rows] == [f"{tmp_path}/1.tar"]
