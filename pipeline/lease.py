@@ -112,7 +112,7 @@ class Lease:
             taken = self._mine is None
             if taken:
                 self._take()
-            elif (found := self._slot.read()) is None or found[0] != self._mine:
+            elif not self._is_ours(found := self._slot.read()):
                 self._lose(found)
                 raise LeaseError(self._lost)
         if self._thread is None:
@@ -170,7 +170,7 @@ class Lease:
                 try:
                     found = self._slot.read()
                     renewed = self._claimed()
-                    if found is not None and found[0] == self._mine and self._swap(renewed, found):
+                    if self._is_ours(found) and self._swap(renewed, found):
                         self._mine = renewed
                         until = time.monotonic() + self._ttl_s
                     else:
@@ -190,7 +190,7 @@ class Lease:
                 return
             try:
                 found = self._slot.read()
-                if found is not None and found[0] == self._mine:
+                if self._is_ours(found):
                     self._swap(self._claimed(ttl_s=0), found)
             except self._faults:
                 self._say(
@@ -198,6 +198,15 @@ class Lease:
                     f" itself at {_claim(self._mine).expires}"
                 )
             self._mine = None
+
+    def _is_ours(self, found: Found | None) -> bool:
+        """Told by the holder and not by the bytes: a renewal whose answer was lost may have arrived."""
+        if found is None:
+            return False
+        try:
+            return _claim(found[0]).holder == self._holder
+        except LeaseError:
+            return False
 
     def _swap(self, data: bytes, found: Found | None) -> bool:
         self._slot.put(data, None if found is None else found[1])

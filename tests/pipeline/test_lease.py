@@ -197,6 +197,31 @@ def test_a_store_that_is_down_for_a_renewal_costs_nothing(s3: S3Server) -> None:
         lease.hold()
 
 
+def test_a_renewal_whose_answer_is_lost_is_no_other_run(s3: S3Server) -> None:
+    """The claim arrives but the run is not told: it would take it for another run's, and stop."""
+    uri = f"{s3.bucket()}/out"
+    arrived, refused = threading.Event(), threading.Event()
+
+    def fault(method: str, path: str, query: str) -> tuple[int, str] | None:
+        if method == "PUT":
+            arrived.set()
+        elif arrived.is_set() and not refused.is_set():
+            refused.set()
+            return 403, "AccessDenied"
+        return None
+
+    lost = threading.Event()
+    with Lease(uri, s3.options, "run-1", lambda text: None, lost.set, ttl_s=1.5) as lease:
+        lease.hold()
+        s3.fault = fault
+        assert refused.wait(10)
+        lease.hold()
+        assert not lost.wait(0.8)  # past the next renewal
+        lease.hold()
+    with Lease(uri, s3.options, "run-2", lambda text: None) as second:
+        second.hold()  # it was given back
+
+
 def test_a_run_may_wait_for_the_lease_of_a_dead_one(make: Make, place: Any) -> None:
     """Runs that are started again by themselves meet what a killed one left: ten minutes of lease."""
     Store(*place).write(NAME, other_claim(minutes=1.2 / 60))
