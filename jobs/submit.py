@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ from pipeline.config import ConfigError, Job, load_job, read_job
 
 if TYPE_CHECKING:
     from pipeline.submit import JobServer, State
+
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 Command = Callable[["JobServer", argparse.Namespace, Console], int]
 
@@ -39,6 +44,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     submit.add_argument(
         "--id",
+        type=_name,
         metavar="NAME",
         help="a name for the run; one of this name that goes on is watched, and no second one started",
     )
@@ -57,12 +63,32 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
+    # RAY_ADDRESS may also be host:port or auto, which name no dashboard.
+    said = (os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
     parser.add_argument(
         "--address",
-        default="http://127.0.0.1:8265",
+        type=_url,
+        default=next((url for url in said if "://" in url), LOCAL_DASHBOARD),
         metavar="URL",
-        help="the cluster's dashboard (http://127.0.0.1:8265)",
+        help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS where that is a"
+        f" URL, else {LOCAL_DASHBOARD}",
     )
+
+
+def _url(text: str) -> str:
+    """Ray would take anything else for a cluster's control port, and wait for it in vain."""
+    if "://" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no URL such as {LOCAL_DASHBOARD}")
+    return text
+
+
+def _name(text: str) -> str:
+    """The job server makes a file of it, and a part of the URLs that ask for the run."""
+    if not NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a name has 1 to 100 letters, digits, dots, hyphens and underscores"
+        )
+    return text
 
 
 def _add_waiting(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +118,8 @@ def _with_server(command: Command) -> Callable[[argparse.Namespace, Console], in
 def _submit(server: JobServer, options: argparse.Namespace, console: Console) -> int:
     job = load_job(options.job, options.set)
     _refuse_relative_paths(job)
+    if options.wait or options.follow:
+        server.reach(lambda text: print(text, file=sys.stderr))
     metadata = {"fingerprint": job.fingerprint, "output": job.public()["output"]["uri"]}
     job_id, goes_on = server.named(options.id) if options.id else (None, False)
     if job_id is None or not goes_on:
@@ -134,8 +162,11 @@ def _watch(
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        Console().on_broken_pipe()  # `| head` has what it wanted: ends as every other output does
 
 
 def exit_code(state: State) -> int:

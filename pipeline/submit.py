@@ -8,10 +8,12 @@ and not in the command, which Ray shows to whoever sees the dashboard.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,15 +71,12 @@ class JobServer:
 
     @cached_property
     def _client(self) -> JobSubmissionClient:
-        try:
-            return JobSubmissionClient(self._address)
-        except AuthenticationError as error:
-            raise SubmitError(
-                f"{self._address}: the cluster wants its token: set RAY_AUTH_MODE=token, and"
-                " RAY_AUTH_TOKEN or ~/.ray/auth_token to the token of the cluster"
-            ) from error
-        except (OSError, RuntimeError) as error:
-            raise SilentError(f"{self._address}: no Ray job server: {error}") from error
+        with _only_the_given_address():
+            return self._ask(lambda: JobSubmissionClient(self._address))
+
+    def reach(self, say: Callable[[str], None]) -> None:
+        """Block until the server answers, at most PATIENCE_S: a head may start again at the hour of a run."""
+        self._patiently(lambda: self._client, say)
 
     def submit(
         self,
@@ -138,7 +137,7 @@ class JobServer:
 
     def wait(self, job_id: str) -> State:
         """Block until the job has ended. A silent server is waited for, PATIENCE_S."""
-        while not (state := self._patient_state(job_id)).ended:
+        while not (state := self._patiently(lambda: self.state(job_id))).ended:
             time.sleep(POLL_S)
         return state
 
@@ -147,10 +146,18 @@ class JobServer:
         self.state(job_id)  # an unknown id is told apart from a connection that closed
         said = 0
 
-        async def tail() -> None:
+        async def tail() -> bool:
+            """Whether the stream came to its own end. A fault of `say` is none of the connection's."""
             nonlocal said
             place = 0  # the stream always starts with the first line
-            async for lines in self._client.tail_job_logs(job_id):
+            stream = self._client.tail_job_logs(job_id)
+            while True:
+                try:
+                    lines = await anext(stream)
+                except StopAsyncIteration:
+                    return True
+                except (OSError, RuntimeError, aiohttp.ClientError):
+                    return False
                 place += len(lines)
                 if place > said:
                     say(lines[said - place :])
@@ -158,34 +165,51 @@ class JobServer:
 
         ended = False
         while True:
-            try:
-                asyncio.run(tail())
-                whole = True
-            except (OSError, RuntimeError, aiohttp.ClientError):
-                whole = False
+            whole = asyncio.run(tail())
             # The stream also ends when a proxy loses patience: what counts is the job's state.
-            state = self._patient_state(job_id)
+            state = self._patiently(lambda: self.state(job_id))
             if state.ended and (whole or ended):
                 return state
             ended = state.ended
             time.sleep(POLL_S)
 
-    def _patient_state(self, job_id: str) -> State:
-        until = time.monotonic() + PATIENCE_S
+    def _patiently(
+        self, request: Callable[[], Answer], say: Callable[[str], None] = lambda text: None
+    ) -> Answer:
+        until, said = time.monotonic() + PATIENCE_S, False
         while True:
             try:
-                return self.state(job_id)
-            except SilentError:
+                return request()
+            except SilentError as error:
                 if time.monotonic() > until:
                     raise
+                if not said:
+                    say(f"{error}. Asking again, at most {PATIENCE_S:g} s")
+                    said = True
             time.sleep(POLL_S)
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         try:
             return request()
+        except AuthenticationError as error:  # at any time: a token may change
+            raise SubmitError(
+                f"{self._address}: the cluster wants its token: set RAY_AUTH_MODE=token, and"
+                " RAY_AUTH_TOKEN or ~/.ray/auth_token to the token of the cluster"
+            ) from error
         except OSError as error:  # requests' own errors are such
             raise SilentError(f"{self._address}: no Ray job server: {error}") from error
         except RuntimeError as error:
             # Ray has no type of its own for an answer of a proxy whose server is away.
             kind = SilentError if PROXY_FAULT.search(str(error)) else SubmitError
             raise kind(f"{self._address}: {error}") from error
+
+
+@contextmanager
+def _only_the_given_address() -> Iterator[None]:
+    """Ray's client lets these two win over the address that it is given, without a word."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    others = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -476,6 +478,128 @@ def test_a_relative_path_is_refused_whatever_code_runs(
     )
     assert main(["submit", str(file), "--set", f"{field}=here", *code]) == REFUSED
     assert f"{field}: here is a path relative to this folder" in capsys.readouterr().err
+
+
+def test_the_address_that_is_given_wins(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's client asks the cluster of its variables instead, without a word."""
+    web.routes |= {
+        "/api/version": lambda handler: answer(handler, 200, VERSION),
+        "/api/jobs/one": lambda handler: answer(handler, 200, {**JOB, "status": "RUNNING"}),
+    }
+    (port,) = free_ports(1)
+    elsewhere = f"http://127.0.0.1:{port}"
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, elsewhere)
+    assert main(["status", "one", "--address", web.url]) == UNFINISHED
+    assert os.environ["RAY_ADDRESS"] == elsewhere
+    assert main(["status", "one"]) == BROKEN
+    assert f"{elsewhere}: no Ray job server" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", web.url)
+    assert main(["status", "one"]) == UNFINISHED
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # for ray.init, and no dashboard's
+    main(["status", "one"])
+    assert "http://127.0.0.1:8265" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=str(REFUSED)):
+        main(["status", "one", "--address", "127.0.0.1:8265"])
+    assert "'127.0.0.1:8265' is no URL such as http://" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "captions/today", "what?", "a b", "#1", "50%", "n" * 101])
+def test_a_name_that_the_job_server_cannot_keep_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of `a/b` it keeps an entry that waits for ever and cannot be asked for."""
+    with pytest.raises(SystemExit, match=str(REFUSED)):
+        main(["submit", "job.yaml", "--id", name])
+    assert "a name has 1 to 100 letters, digits" in capsys.readouterr().err
+
+
+def test_a_token_that_changes_while_a_job_is_watched_is_said(
+    web: WebServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([(200, {**JOB, "status": "RUNNING"}), (403, {})])
+    web.routes |= {
+        "/api/version": lambda handler: answer(handler, 200, VERSION),
+        "/api/jobs/one": lambda handler: answer(handler, *next(answers)),
+        "/api/jobs/one/logs": lambda handler: answer(handler, 200, {"logs": ""}),
+    }
+    assert main(["logs", "one", "--wait", "--address", web.url]) == BROKEN
+    assert "the cluster wants its token" in capsys.readouterr().err
+
+
+def test_a_head_that_starts_again_at_the_hour_of_a_run_does_not_cost_the_night(
+    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
+    )
+    turns = iter(["gone", "502"])
+
+    def version(handler: BaseHTTPRequestHandler) -> None:
+        turn = next(turns, "up")
+        if turn == "gone":
+            handler.connection.close()
+        else:
+            answer(handler, 502 if turn == "502" else 200, VERSION)
+
+    ended = {**JOB, "status": "SUCCEEDED", "driver_exit_code": 0}
+    web.routes = Packages()
+    web.routes["/api/version"] = version
+    web.routes["/api/jobs/one"] = lambda handler: answer(handler, 200, ended)
+    web.routes["/api/jobs/"] = lambda handler: (
+        body(handler),
+        answer(handler, 200, {"job_id": "one", "submission_id": "one"}),
+    )[1]
+    submit = ["submit", str(file), "--image-code", "--address", web.url]
+    assert main([*submit, "--wait"]) == FINISHED
+    told = capsys.readouterr()
+    assert told.out == "one\n"
+    assert told.err.count("Asking again, at most 300 s") == 1
+
+
+def first_line_of_many(handler: BaseHTTPRequestHandler) -> None:
+    """A log that is followed: a WebSocket that sends a line and goes on."""
+    key = handler.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    accept = b64encode(hashlib.sha1(key.encode()).digest()).decode()
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(101)
+    for name, value in (("Upgrade", "websocket"), ("Connection", "upgrade")):
+        handler.send_header(name, value)
+    handler.send_header("Sec-WebSocket-Accept", accept)
+    handler.end_headers()
+    handler.wfile.write(b"\x81\x05line\n")
+    handler.rfile.read(1)  # until the follower is gone
+
+
+@pytest.mark.parametrize("words", [("--follow",), ()])
+def test_a_reader_that_has_enough_ends_the_following(
+    words: tuple[str, ...], web: WebServer
+) -> None:
+    """`logs ID --follow | head -1`: to be taken for a broken connection, it went on to the job's end."""
+    web.routes |= {
+        "/api/version": lambda handler: answer(handler, 200, VERSION),
+        "/api/jobs/one": lambda handler: answer(handler, 200, {**JOB, "status": "RUNNING"}),
+        "/api/jobs/one/logs": lambda handler: answer(handler, 200, {"logs": "line\n"}),
+        "/api/jobs/one/logs/tail": first_line_of_many,
+    }
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        following = subprocess.run(
+            [sys.executable, "-m", "jobs", "logs", "one", *words, "--address", web.url],
+            env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=writes,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(writes)
+    assert (following.returncode, following.stderr) == (1, "")
 
 
 def test_each_state_of_a_job_has_its_exit_code() -> None:
