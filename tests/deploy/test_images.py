@@ -24,7 +24,9 @@ import yaml
 from conftest import WebServer
 
 from jobs.exits import HELD, REFUSED, TOO_MANY_FAILED
+from jobs.submit import exit_code
 from pipeline.lease import TTL_S
+from pipeline.submit import State
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = (ROOT / "deploy/setup").read_text()
@@ -213,6 +215,22 @@ def test_the_schedules_call_what_exists() -> None:
             assert not word.startswith("--") or word in helped.stdout
 
 
+def test_cron_may_write_its_log_whoever_it_runs_as(tmp_path: Path) -> None:
+    """A log that cannot be opened is a command that is not run, every night."""
+    line = (ROOT / "deploy/schedule/crontab").read_text().splitlines()[-1]
+    command = line.split(maxsplit=5)[5].partition("&& ")[2]
+    ended = subprocess.run(
+        ["sh", "-c", "ls / " + command[command.index(" >>") :]], env={"HOME": str(tmp_path)}
+    )
+    assert ended.returncode == 0
+    assert "etc" in (tmp_path / "polyscribe.log").read_text()
+
+
+def test_a_follower_that_was_killed_finds_its_run() -> None:
+    service = (ROOT / "deploy/schedule/polyscribe.service").read_text()
+    assert re.search(r"^ExecStart=.* --id [\w-]+$", service, re.MULTILINE)
+
+
 @pytest.mark.parametrize("schedule", ["crontab", "polyscribe.service"])
 def test_the_schedules_give_the_local_clusters_token(
     schedule: str, web: WebServer, tmp_path: Path
@@ -243,7 +261,8 @@ def test_the_service_knows_the_exit_codes() -> None:
     service = (ROOT / "deploy/schedule/polyscribe.service").read_text()
     assert re.findall(r"^SuccessExitStatus=(.*)$", service, re.MULTILINE) == [str(HELD)]
     prevented = re.findall(r"^RestartPreventExitStatus=(.*)$", service, re.MULTILINE)
-    assert prevented == [f"{REFUSED} {TOO_MANY_FAILED}"]
+    stopped = exit_code(State("STOPPED", "", None))
+    assert prevented == [f"{REFUSED} {TOO_MANY_FAILED} {stopped}"]
     (minutes,) = re.findall(r"^RestartSec=(\d+)min$", service, re.MULTILINE)
     assert int(minutes) * 60 > TTL_S
 
