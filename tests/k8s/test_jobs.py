@@ -176,6 +176,19 @@ def test_the_readme_names_what_exists() -> None:
         assert f"overlays/{overlay}" in text
 
 
+def test_the_readme_reads_the_log_where_ray_writes_it() -> None:
+    """A driver writes to a file of the job server's: `kubectl logs` of the head has nothing of a run."""
+    text = (ROOT / "k8s/README.md").read_text()
+    calls = re.findall(r"^kubectl -n polyscribe (logs|exec) (.*)$", text, re.MULTILINE)
+    assert [verb for verb, _ in calls] == ["exec", "logs"]
+    in_head, of_night = (words.partition("  #")[0] for _, words in calls)
+    assert in_head.endswith("-c ray-head -- polyscribe logs $run --follow")
+    (cron,) = of_kind("prod", "CronJob")
+    labels = cron["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+    name, value = re.findall(r"-l (\S+)=(\S+)", of_night)[0]
+    assert labels[name] == value
+
+
 SIZED = (
     ("caption", 2.0),
     ("caption", 12.0),
