@@ -46,7 +46,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--id",
         type=_name,
         metavar="NAME",
-        help="a name for the run; one of this name that goes on is watched, and no second one started",
+        help="a name for the run; where one of this name goes on with the same job, that is watched and"
+        " no second one started",
     )
     _add_waiting(submit)
     for name, command, text in (
@@ -121,7 +122,7 @@ def _submit(server: JobServer, options: argparse.Namespace, console: Console) ->
     if options.wait or options.follow:
         server.reach(lambda text: print(text, file=sys.stderr))
     metadata = {"fingerprint": job.fingerprint, "output": job.public()["output"]["uri"]}
-    job_id, goes_on = server.named(options.id) if options.id else (None, False)
+    job_id, goes_on = server.named(options.id, metadata) if options.id else (None, False)
     if job_id is None or not goes_on:
         fields = read_job(options.job, options.set)
         job_id = server.submit(fields, metadata, code=not options.image_code, job_id=job_id)

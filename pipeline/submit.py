@@ -110,18 +110,27 @@ class JobServer:
             )
         return given
 
-    def named(self, name: str) -> tuple[str, bool]:
+    def named(self, name: str, metadata: Mapping[str, str]) -> tuple[str, bool]:
         """(id, whether it goes on): the job of this name that has not ended, else a free id.
 
-        Ray takes no id twice, so NAME is followed by NAME-2 and so on.
+        Ray takes no id twice, so NAME is followed by NAME-2 and so on. Raises SubmitError where the one
+        that goes on says that it does something else than `metadata`: nobody would do this.
         """
-        jobs = self._ask(self._client.list_jobs)
-        ended = {job.submission_id: bool(job.status.is_terminal()) for job in jobs}
+        jobs = {job.submission_id: job for job in self._ask(self._client.list_jobs)}
         job_id, number = name, 1
-        while ended.get(job_id):
+        while job_id in jobs and jobs[job_id].status.is_terminal():
             number += 1
             job_id = f"{name}-{number}"
-        return job_id, job_id in ended
+        if job_id not in jobs:
+            return job_id, False
+        does = jobs[job_id].metadata or {}
+        if any(does.get(field, value) != value for field, value in metadata.items()):
+            raise SubmitError(
+                f"{self._address}: {job_id} goes on with another job (output {does.get('output')},"
+                f" fingerprint {does.get('fingerprint')}): give this one another --id, or submit it"
+                " again when that has ended"
+            )
+        return job_id, True
 
     def state(self, job_id: str) -> State:
         info = self._ask(lambda: self._client.get_job_info(job_id))

@@ -517,6 +517,32 @@ def test_a_name_that_the_job_server_cannot_keep_is_refused(
     assert "a name has 1 to 100 letters, digits" in capsys.readouterr().err
 
 
+def test_another_job_of_the_same_name_is_not_taken_for_this_one(
+    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A unit file that was copied for a second job: it would watch the first's run, and never run."""
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
+    )
+    job = load_job(file)
+    first = {**JOB, "metadata": {"output": "s3://b/o", "fingerprint": job.fingerprint}}
+    routes: dict[str, Any] = {
+        "/api/version": VERSION,
+        "/api/jobs/": [{**first, "status": "RUNNING"}],
+        "/api/jobs/one": {**first, "status": "SUCCEEDED", "driver_exit_code": 0},
+    }
+    for path, fields in routes.items():
+        web.routes[path] = lambda handler, fields=fields: answer(handler, 200, fields)
+    submit = ["submit", str(file), "--id", "one", "--wait", "--address", web.url]
+    assert main(submit) == FINISHED  # the same job: watched
+    for other in ("output.uri=s3://b/other", "prompt.text=What is this?"):
+        assert main([*submit, "--set", other]) == BROKEN
+        refused = capsys.readouterr().err
+        assert "one goes on with another job (output s3://b/o, fingerprint" in refused
+        assert "another --id" in refused
+
+
 def test_a_token_that_changes_while_a_job_is_watched_is_said(
     web: WebServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
