@@ -148,6 +148,28 @@ def test_a_finished_set_up_is_left_alone_quickly(checkout: Path, programs: Path)
     assert time.perf_counter() - began < 4
 
 
+def test_no_script_goes_to_a_namesake(checkout: Path, programs: Path, tmp_path: Path) -> None:
+    """`cd deploy/..` looks along an exported CDPATH first: set-up would empty another project's .venv."""
+    add(programs, "ffmpeg", "ffprobe")
+    finish(checkout, "gpu")
+    other = tmp_path / "other/.venv/lib"
+    other.mkdir(parents=True)
+    (tmp_path / "other/deploy").mkdir()
+    ended = subprocess.run(
+        [programs / "bash", "deploy/setup"],
+        cwd=checkout,
+        env={"PATH": str(programs), "CDPATH": str(tmp_path / "other")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert other.is_dir()
+    (line,) = re.findall(r"(?m)^CDPATH='' cd -- .*$", (checkout / "deploy/setup").read_text())
+    for name in ("build", "cluster", "demo", "test"):
+        assert line in (checkout / "deploy" / name).read_text().splitlines()
+
+
 @pytest.mark.parametrize("change", ["flavour", "pin", "constraint", "interrupted", "place"])
 def test_what_is_not_finished_is_made_anew(checkout: Path, programs: Path, change: str) -> None:
     add(programs, "ffmpeg", "ffprobe")
