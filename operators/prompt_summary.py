@@ -17,6 +17,7 @@ from operators.errors import MediaError
 from operators.prompt import (
     STAND_IN,
     Preset,
+    TokenizerFile,
     control_tokens,
     load_tokenizer,
     parsed_tokenizer,
@@ -61,7 +62,7 @@ class SummaryPrompt:
     control_tokens: tuple[str, ...]
     # that the prompt may take
     max_tokens: int
-    tokenizer_json: str
+    tokenizer: TokenizerFile
 
     def window(self, lines: Sequence[Line]) -> Summary:
         """Token ids of one request, with as much of the lines as there is room for.
@@ -70,7 +71,7 @@ class SummaryPrompt:
         """
         if not lines:
             raise ValueError("a summary of nothing")
-        tokenizer = parsed_tokenizer(self.tokenizer_json)
+        tokenizer = parsed_tokenizer(self.tokenizer)
         texts = [self._shown(line) for line in sorted(lines)]
         said = [line.said for line in sorted(lines)]
         encodings = tokenizer.encode_batch(
@@ -124,7 +125,7 @@ def load_summary_prompt(model: ModelSettings, text: str, answer_tokens: int) -> 
         rendered=render(model, tokenizer, None),
         control_tokens=control_tokens(tokenizer),
         max_tokens=model.max_model_len - answer_tokens,
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        tokenizer=TokenizerFile.of(tokenizer),
     )
 
 

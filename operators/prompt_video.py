@@ -18,6 +18,7 @@ from operators.prompt import (
     STAND_IN,
     VARIABLE,
     VIDEO_PLACEHOLDER,
+    TokenizerFile,
     control_tokens,
     fill,
     fitting,
@@ -94,9 +95,8 @@ class VideoPrompt:
     max_variable_chars: int
     # tokens that prompt and frames may take together
     max_tokens: int
-    # the tokenizer as JSON, only where variables have to be filled in, or where a time is more than
-    # its parts
-    times: Clock | str
+    # the tokenizer only where variables have to be filled in, or where a time is more than its parts
+    times: Clock | TokenizerFile
 
     def window(
         self, patches: int, times_s: Sequence[float], variables: Mapping[str, str] | None = None
@@ -170,7 +170,7 @@ def load_video_prompt(
         control_tokens=tuple(sorted({*control_tokens(tokenizer), placeholder})),
         max_variable_chars=settings.max_variable_chars,
         max_tokens=model.max_model_len - answer_tokens,
-        times=clock or tokenizer.backend_tokenizer.to_str(),
+        times=clock or TokenizerFile.of(tokenizer),
     )
 
 

@@ -63,6 +63,20 @@ def test_variables_are_filled_in_after_a_pickle_to_a_worker(nano: Path) -> None:
     assert filled.raw({"thing": "image", "name": "red"}) == plain.raw()
 
 
+def test_the_tokenizer_is_no_part_of_what_a_task_unpickles(nano: Path) -> None:
+    """Each task unpickles its prompt; what lies beside the pickle stays in the object store."""
+    prompt = load(nano, "Describe the {thing}.")
+    assert prompt.tokenizer is not None
+    beside: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(prompt, protocol=5, buffer_callback=beside.append)
+    assert [len(buffer.raw()) for buffer in beside] == [prompt.tokenizer.json.nbytes]
+    assert b"added_tokens" in bytes(beside[0].raw())
+    assert b"added_tokens" not in pickled
+    copy: Prompt = pickle.loads(pickled, buffers=beside)
+    assert copy.window(5, {"thing": "image"}) == load(nano, "Describe the image.").window(5)
+    assert copy == prompt
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [

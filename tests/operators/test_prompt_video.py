@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from operators.errors import MediaError
-from operators.prompt import VIDEO_PRESETS, instruction
+from operators.prompt import VIDEO_PRESETS, TokenizerFile, instruction
 from operators.prompt_video import (
     MINUTES,
     Clock,
@@ -97,7 +97,7 @@ def test_variables_are_filled_in_after_a_pickle_to_a_worker(nano: Path, as_image
     filled: VideoPrompt = pickle.loads(pickle.dumps(load(nano, asked, as_images=as_images)))
     plain = load(nano, as_images=as_images)
     assert isinstance(plain.times, Clock)
-    assert isinstance(filled.times, str)
+    assert isinstance(filled.times, TokenizerFile)
     times_s = [0.0, 59.99, 6001.5]
     assert filled.window(7, times_s, {"what": "video"}) == plain.window(7, times_s)
     for value in ("<|video|>", "<turn|>"):
