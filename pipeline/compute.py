@@ -106,9 +106,8 @@ def compute(
     row_bytes, windows = _row(job)
     rows = resources.rows_per_block or max(1, min(64, BLOCK_BYTES // row_bytes))
     wanted = math.ceil(1.25 * engine.max_num_seqs / (rows * windows)) + 1
-    store_bytes = _store_bytes(nodes, engines if on_gpu else 0)
-    # Ray Data gives the engine's operator a share of half the store; a quarter of that is safe.
-    room = int(store_bytes / 8 / engines / (rows * row_bytes)) if store_bytes else wanted
+    in_flight_bytes = _in_flight_bytes(nodes, engines, on_gpu)
+    room = int(in_flight_bytes / (rows * row_bytes)) if in_flight_bytes else wanted
     calls = max(2, min(wanted, room))
     cpus = sum(node.cpus for node in nodes)
     if on_gpu:  # whole CPUs: what is left beside an engine is room for commits, not for media
@@ -253,6 +252,18 @@ def _engine_cpus(nodes: Sequence[Node], engines: int, on_gpu: bool) -> float:
         f"the cluster has {cpus:g} CPUs on {len(nodes)} nodes and no node with a whole one to give;"
         " fetching and decoding need at least that"
     )
+
+
+def _in_flight_bytes(nodes: Sequence[Node], engines: int, on_gpu: bool) -> float:
+    """What an engine's rows in flight may take of the object stores; 0 where nobody knows them."""
+    # Ray Data gives the engine's operator a share of half the store; a quarter of that is safe.
+    shared = _store_bytes(nodes, engines if on_gpu else 0) / 8 / engines
+    if not on_gpu:
+        return shared
+    # They also lie on the engine's node, five times: in its store, and as bfloat16 in the actor and in
+    # the engine's process. A store is some 30 % of a node's memory, so a quarter of it is 40 % in all.
+    own = [node.object_store_bytes / node.gpus / 4 for node in nodes if node.gpus]
+    return min([shared, *own])
 
 
 def _store_bytes(nodes: Sequence[Node], engines: int) -> float:

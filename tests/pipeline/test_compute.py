@@ -160,6 +160,24 @@ def test_rows_in_flight_keep_the_engine_full_and_fit_the_object_store() -> None:
     assert "the object store has no room for more" in " ".join(tight.reasons)
 
 
+def test_rows_in_flight_fit_the_memory_of_the_engines_own_node() -> None:
+    """Their tensors lie in the actor and in the engine's process: 37 GB there for a pod of 44 GiB."""
+    fine = job(
+        task="describe-video",
+        video={"max_soft_tokens": 140},
+        model={"id": "google/gemma-4-12B-it", "max_model_len": 8192},
+    )
+    row_bytes = 120 * 140 * 6912
+    many = [HEAD, *[Node(16, 0, 9e9)] * 8, Node(0, 1, 13e9)]
+    got = compute(fine, many, 1000)
+    assert got.calls_per_engine == int(13e9 / 4 / row_bytes) == 27
+    # an engine among eight on one machine has an eighth of it
+    got = compute(fine, [HEAD, *[Node(16, 0, 9e9)] * 40, Node(8, 8, 104e9)], 10**6)
+    assert got.calls_per_engine == 27
+    # pictures are small
+    assert "no room" not in " ".join(compute(job(), many, 1000).reasons)
+
+
 def test_a_videos_window_has_no_more_than_its_frames() -> None:
     """At fps 30 a window of 30 s has 32 frames, not 900: two calls kept 8 of 256 sequences busy."""
     video = {"fps": 30, "max_soft_tokens": 280}
