@@ -13,9 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
 
 import ray
 import ray.data
+import ray.exceptions
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.compute import Node
 
@@ -24,6 +28,8 @@ from pipeline.compute import Node
 NO_PROGRESS_TIMEOUT_S = 7200
 # How often a run that waits for workers says so, and looks.
 SAY_EVERY_S, LOOK_EVERY_S = 30.0, 0.5
+# What an error shows of each of a worker's files: a Python error with its last frames.
+LAST_BYTES = 2000
 
 Connect = Callable[[], None]
 Say = Callable[[str], None]
@@ -31,6 +37,35 @@ Say = Callable[[str], None]
 
 class BrokenRunError(Exception):
     """A machine, the cluster or our own code is broken, not a file. The message says what to do."""
+
+
+@contextmanager
+def broken_run() -> Iterator[None]:
+    """Work that the cluster gave up, or that stood still for too long, as a BrokenRunError."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
+        raise BrokenRunError(
+            f"{error}\nThe run broke: see above. What was finished is in the ledger; put it right and run"
+            " the job again"
+        ) from error
+
+
+def own_log() -> str:
+    """A glob of the files, on this node, of what this worker and processes that it starts print."""
+    context = ray.get_runtime_context()
+    folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    return f"{folder}/worker-{context.get_worker_id()}-*"
+
+
+def last_words(log: str) -> str:
+    """The end of each file that the glob `log` finds, under its path."""
+    said = []
+    for name in sorted(glob(log)):
+        with Path(name).open("rb") as file:
+            file.seek(max(0, Path(name).stat().st_size - LAST_BYTES))
+            said.append(f"{name}:\n{file.read().decode(errors='replace').strip()}")
+    return "\n".join(said)
 
 
 @contextmanager

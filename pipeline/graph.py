@@ -42,6 +42,7 @@ from operators.prompts import Prompts
 from operators.requests import TextEngine
 from operators.settings import ModelSettings, SamplingSettings
 from operators.tracks import Kind
+from pipeline.cluster import last_words, own_log
 from pipeline.compute import Compute
 from pipeline.config import Job
 from pipeline.divide import local_files
@@ -160,7 +161,14 @@ def _start(model: ModelSettings, sampling: SamplingSettings, options: EngineOpti
             " vLLM installed here is no build for CPUs: install one (deploy/setup cpu), or set"
             " resources.accelerator to gpu"
         )
-    return Engine(model, sampling, options)
+    try:
+        return Engine(model, sampling, options)
+    except Exception as error:
+        if not ray.is_initialized():
+            raise
+        # vLLM's engine is a process of its own: the cause is in what it printed, and this error only
+        # says that it is "above".
+        raise RuntimeError(f"the engine did not start: {error}\n{last_words(own_log())}") from error
 
 
 def _built_for_cpus() -> bool:

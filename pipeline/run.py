@@ -21,7 +21,6 @@ from typing import Any
 import duckdb
 import ray
 import ray.data
-import ray.exceptions
 from rich.console import Console
 
 from operators.prompts import Prompts, load_prompts
@@ -37,7 +36,7 @@ from pipeline.assemble import (
     reconcile,
     write_marker,
 )
-from pipeline.cluster import BrokenRunError, Connect, Say, await_nodes, cluster, cluster_nodes
+from pipeline.cluster import Connect, Say, await_nodes, broken_run, cluster, cluster_nodes
 from pipeline.compute import compute
 from pipeline.config import Job
 from pipeline.graph import (
@@ -179,13 +178,8 @@ def _work(
             )
             part_name = f"{plan.run_id}-{name}"
             sink = ledger.LedgerSink(folder, part_name, shares.rows_per_part, reporter.counts)
-            try:
+            with broken_run():
                 rows.write_datasink(sink, ray_remote_args={"num_cpus": SINK_CPUS})
-            except ray.exceptions.RayError as error:
-                raise BrokenRunError(
-                    f"{error}\nThe run broke: see above. What was finished is in the ledger; put it"
-                    " right and run the job again"
-                ) from error
             ledger.load(db, folder)
         reading = read() | {"engine_restarts": ray.get(book.restarts.remote())}
     console.print(progress.line(reading), highlight=False)

@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 
+from pipeline.cluster import own_log
+
 # A row that kills its engine dies with many the first time and alone the second, so three such rows in
 # the engine's first batch are four deaths in a row.
 MAX_DEATHS = 5
@@ -32,15 +34,16 @@ class StrikeBook:
         self._is_alive = is_alive
         self._open: defaultdict[str, set[str]] = defaultdict(set)
         self._node: dict[str, str] = {}
+        self._log: dict[str, str] = {}
         self._strikes: Counter[str] = Counter()
         self._deaths: Counter[str] = Counter()
         self._restarts = 0
 
-    def register(self, actor_id: str, node_id: str) -> None:
-        """An engine actor starts or starts again. Raises SickEngineError."""
+    def register(self, actor_id: str, node_id: str, log: str) -> None:
+        """An engine actor starts or starts again, with its output in `log`. Raises SickEngineError."""
         left = self._open.pop(actor_id, set())
-        before = self._node.get(actor_id)
-        self._node[actor_id] = node_id
+        before, log_before = self._node.get(actor_id), self._log.get(actor_id)
+        self._node[actor_id], self._log[actor_id] = node_id, log
         if before is None:
             return
         self._restarts += 1
@@ -52,7 +55,7 @@ class StrikeBook:
             raise SickEngineError(
                 f"an engine died {MAX_DEATHS} times, last on node {before}, and finished no row in"
                 " between, so it is not the rows. Its log says why (a GPU, its driver or its memory,"
-                " model.adapter, engine.*)"
+                f" model.adapter, engine.*): {log_before} on that node"
             )
 
     def begin(self, actor_id: str, span_ids: Sequence[str]) -> None:
@@ -77,7 +80,7 @@ class ActorStrikes:
         context = ray.get_runtime_context()
         self._book = book
         self._actor_id: str = context.get_actor_id() or context.get_worker_id()
-        ray.get(book.register.remote(self._actor_id, context.get_node_id()))
+        ray.get(book.register.remote(self._actor_id, context.get_node_id(), own_log()))
 
     def counts(self, span_ids: Sequence[str]) -> list[int]:
         counts: list[int] = ray.get(self._book.counts.remote(list(span_ids)))

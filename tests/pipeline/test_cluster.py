@@ -14,8 +14,11 @@ import media
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError
 
 from jobs.exits import BROKEN
+from pipeline.cluster import LAST_BYTES, BrokenRunError, broken_run, last_words
 from pipeline.verify import verify
 
 PROGRAMS = Path(__file__).parent
@@ -157,3 +160,25 @@ def test_the_smallest_machines_finish(job: Path, cpus: int) -> None:
         timeout=600,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize("error", [RayError("no GPU"), ExecutionTimeoutError("no GPU")])
+def test_what_ray_gives_up_says_what_to_do(error: Exception) -> None:
+    with pytest.raises(BrokenRunError, match=r"(?s)no GPU.*run the job again"), broken_run():
+        raise error
+
+
+def test_what_an_engine_printed_last_is_shown_with_its_file(tmp_path: Path) -> None:
+    for name, text in {
+        "worker-a-01-7.out": "x" * LAST_BYTES + "\nout of memory\n",
+        "worker-a-01-7.err": "Traceback: caf\xe9\n",
+        "worker-b-01-8.err": "another worker\n",
+    }.items():
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    said = last_words(f"{tmp_path}/worker-a-*")
+    assert f"{tmp_path}/worker-a-01-7.out:\nx" in said
+    assert said.endswith("out of memory")
+    assert f"{tmp_path}/worker-a-01-7.err:\nTraceback: caf" in said
+    assert "another worker" not in said
+    assert len(said) < LAST_BYTES + 200 + 2 * len(str(tmp_path))
+    assert last_words(f"{tmp_path}/none-*") == ""
