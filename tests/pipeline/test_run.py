@@ -26,8 +26,9 @@ from operators.media import media_hash
 from operators.patchify import patchify
 from operators.schema import FAILED, LEDGER, RESULTS
 from pipeline.assemble import read_marker
+from pipeline.cluster import BrokenRunError
 from pipeline.config import Job
-from pipeline.run import BrokenRunError, Finished, run
+from pipeline.run import Finished, run
 from pipeline.source import SourceError
 from pipeline.store import Store
 from pipeline.verify import verify
