@@ -13,12 +13,13 @@ from operators.decode_image import probe_image
 from operators.errors import MediaError
 from operators.fetch import Fetch, Ref
 from operators.patchify import tokens
-from operators.prompts import Prompts, load_prompts
+from operators.prompts import Prompts
 from pipeline.cluster import cluster, cluster_nodes
 from pipeline.compute import compute
 from pipeline.config import Job
 from pipeline.plan import make_plan, scratch
 from pipeline.progress import listing
+from pipeline.prompts import job_prompts
 from pipeline.run import folder_store, new_run_id
 
 # Headers that are read for the estimate of tokens, and how much of each file.
@@ -33,7 +34,7 @@ def preview(job: Job, console: Console) -> None:
         console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)
         if not plan.spans_todo:
             return
-        prompts = load_prompts(job.model, job.prompt, job.video, job.instructions)
+        prompts = job_prompts(job)
         sizes = _sample_sizes(job, db) if job.modality == "image" else []
         for line in _tokens(job, plan.spans_todo, prompts, sizes):
             console.print(line, highlight=False)

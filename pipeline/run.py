@@ -23,7 +23,7 @@ import ray
 import ray.data
 from rich.console import Console
 
-from operators.prompts import Prompts, load_prompts
+from operators.prompts import Prompts
 from operators.requests import TextEngine
 from operators.stores import redact
 from pipeline import ledger
@@ -51,6 +51,7 @@ from pipeline.lease import Lease, LeasedStore, OutdatedError
 from pipeline.plan import FOLDER as PLAN_FOLDER
 from pipeline.plan import MEDIA, Plan, make_plan, scratch, write_plan
 from pipeline.progress import Progress, Reporter, listing, open_tally, shown
+from pipeline.prompts import job_prompts
 from pipeline.report import write_latest, write_report, write_run
 from pipeline.source import SourceError
 from pipeline.store import Store
@@ -79,8 +80,8 @@ EngineFactory = Callable[[Job], Callable[[], TextEngine]]
 def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Finished:
     """Do what is left of a job.
 
-    Raises SourceError (nothing was started), LeaseError (another run is at work on this output),
-    LostSpansError or BrokenRunError; whatever was finished before stays in the ledger.
+    Raises SourceError or ConfigError (no engine was started), LeaseError (another run is at work on this
+    output), LostSpansError or BrokenRunError; whatever was finished before stays in the ledger.
     """
     started = time.monotonic()
     run_id = new_run_id()
@@ -157,7 +158,7 @@ def _work(
     console: Console,
     engine: EngineFactory,
 ) -> dict[str, float]:
-    prompts = load_prompts(job.model, job.prompt, job.video, job.instructions)
+    prompts = job_prompts(job)
     shares = compute(job, cluster_nodes(), plan.spans_todo)
     if shares.engine_gpus:  # there may be none yet, and the shares go by what a GPU node has
         say: Say = partial(console.print, highlight=False)

@@ -1,0 +1,32 @@
+"""The prompts of a job in its checkpoint's own form, or why it cannot have them."""
+
+from __future__ import annotations
+
+from operators.prompts import Prompts, load_prompts
+from pipeline.config import ConfigError, Job
+
+
+def job_prompts(job: Job) -> Prompts:
+    """Reads the checkpoint's tokenizer.
+
+    Raises ConfigError where it has no form for what is asked, or where a picture of all its tokens, or
+    a window of speech, does not fit beside the prompt.
+    """
+    try:
+        prompts = load_prompts(job.model, job.prompt, job.video, job.instructions)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    for medium, prompt, tokens in (
+        ("a picture", prompts.get("image"), job.image.max_soft_tokens),
+        ("a window of speech", prompts.get("audio"), job.speech_tokens),
+    ):
+        if prompt is None:
+            continue
+        asked = len(prompt.head) + len(prompt.tail) + 2
+        if asked + tokens > prompt.max_tokens:
+            raise ConfigError(
+                f"model.max_model_len: {job.model.max_model_len} has no room for {asked} tokens of the"
+                f" prompt and {tokens} of {medium} beside an answer of"
+                f" {job.model.max_model_len - prompt.max_tokens}"
+            )
+    return prompts
