@@ -202,7 +202,11 @@ class SamplingSettings(Settings):
     """How the answer is drawn."""
 
     temperature: float = Field(
-        0.0, ge=0, le=2, description="0: the same file gives the same answer, run after run"
+        0.0,
+        ge=0,
+        le=2,
+        description="0: nothing is drawn. On a GPU an answer may still differ from run to run in a word:"
+        " vLLM's sums round by what else is asked with it",
     )
     top_p: float = Field(0.95, gt=0, le=1, description="the 12B's own default; unused at 0")
     top_k: int = Field(64, ge=-1, description="the 12B's own default; unused at 0")

@@ -130,7 +130,7 @@ class EngineConfig(Settings):
         256,
         ge=1,
         le=4096,
-        description="requests decoded together; KV memory allows about 600 captions",
+        description="requests decoded together; KV memory of an 80 GB card holds some 300 captions",
     )
     max_num_batched_tokens: int = Field(
         8192, ge=512, description="prefill tokens a step: about 28 images at 280 tokens"
