@@ -26,9 +26,10 @@ JOIN_S = 10.0
 REORDER_FRAMES = 8
 REORDER_S = 0.5
 UNORDERED_FRAMES = 4
-# How far before a time to look for its key frame: nothing where the demuxer finds it; 12 s, which
-# is a usual key frame distance (250 pictures) and more; then once more, far.
-LEADS_S = (0.0, 12.0, 120.0)
+# How far before a stretch to look for its key frame, and behind it for the picture that ends its last
+# one: nothing where the demuxer finds both; 12 s, which is a usual key frame distance (250 pictures)
+# and more; then far, as a slide of a talk may be the only picture for minutes.
+REACHES_S = (0.0, 12.0, 120.0, 3600.0)
 # A first or last picture so many pictures away from a time still is its picture; headers round.
 EDGE_FRAMES = 3
 # From so early on the file is read from its start: ffprobe seeks forward to a time that is not after 0.
@@ -58,11 +59,14 @@ class FrameIndex:
     # the n-th picture is due; ffmpeg gives a picture that of the packet which made the decoder let it go.
     shift_us: int
     edge_us: int
+    # [first, last) of what was asked for: of these no picture is left out
+    read_us: tuple[tuple[int, int], ...]
 
     def picture(self, time_us: int) -> int | None:
         """The picture shown at a time: the last visible one at or before it.
 
-        Just before the first one, or just after the last one's end, that one.
+        Just before the first one, or just after the last one's end, that one. One that stands for
+        longer only where all up to the next one was read.
         """
         places = np.flatnonzero(self.visible)
         if not len(places):
@@ -72,8 +76,14 @@ class FrameIndex:
             first = int(places[0])
             return first if self.shown_us[first] - time_us <= self.edge_us else None
         place = int(places[after - 1])
-        end = int(self.shown_us[place] + max(self.length_us[place], self.edge_us))
-        return None if after == len(places) and time_us > end else place
+        shown_us = int(self.shown_us[place])
+        if time_us <= shown_us + max(int(self.length_us[place]), self.edge_us):
+            return place
+        if after == len(places):
+            return None
+        next_us = int(self.shown_us[places[after]])
+        whole = any(first <= shown_us and next_us < last for first, last in self.read_us)
+        return place if whole else None
 
     def nearest_key(self, time_us: int) -> int | None:
         """The visible key frame next to a time; the earlier one of two."""
@@ -103,34 +113,53 @@ def read_index(
     ends: float,
 ) -> FrameIndex:
     """The index of some stretches (start, end in seconds of the time line, in order), each from the
-    key frame before it on. What cannot be read is not in it. Raises MediaError decode.timeout.
+    key frame before it to the picture behind it. What cannot be read is not in it. Raises MediaError
+    decode.timeout.
     """
     lines: list[Line] = []
-    found = _index(lines, facts)
-    for lead_s in LEADS_S:
-        if not lead_s and not facts.seeks_to_keys:
+    read: list[tuple[float, float]] = []
+    found = _index(lines, read, facts)
+    for reach_s in REACHES_S:
+        if not reach_s and not facts.seeks_to_keys:
             continue
-        lacking = [pair for pair in stretches_s if not _reaches(found, pair, facts)]
+        lacking = [pair for pair in stretches_s if not _reaches(found, pair[0], facts)]
         if not lacking or time.monotonic() > ends:
             break
-        lines += _read(path, facts, _joined(lacking, lead_s), settings, ends)
-        found = _index(lines, facts)
+        behind_s = _margin_s(facts) + (reach_s if read else 0.0)
+        joined = _joined([(start_s - reach_s, end_s + behind_s) for start_s, end_s in lacking])
+        lines += _read(path, facts, joined, settings, ends)
+        read += joined
+        found = _index(lines, read, facts)
     return found
 
 
-def _reaches(index: FrameIndex, stretch_s: tuple[float, float], facts: VideoFacts) -> bool:
-    """Whether the stretch's first picture can be decoded."""
-    place = index.picture(round((stretch_s[0] + facts.origin_s) * US))
-    return place is not None and index.start(place) is not None
+def _margin_s(facts: VideoFacts) -> float:
+    """Packets of pictures that are shown up to a time come at most so much later."""
+    return REORDER_S + REORDER_FRAMES * facts.frame_s
 
 
-def _joined(stretches_s: Sequence[tuple[float, float]], lead_s: float) -> list[tuple[float, float]]:
+def _from_start(start_s: float, facts: VideoFacts) -> bool:
+    return start_s <= facts.start_s + START_S
+
+
+def _reaches(index: FrameIndex, start_s: float, facts: VideoFacts) -> bool:
+    """Whether the picture at a time is known, and can be decoded."""
+    time_us = round((start_s + facts.origin_s) * US)
+    place = index.picture(time_us)
+    if place is None or index.start(place) is None:
+        return False
+    # a seek by times of decoding may land at a key frame that is shown later
+    begins_us = round((facts.start_s + facts.origin_s) * US) + index.edge_us
+    return bool(index.shown_us[place] <= max(time_us, begins_us))
+
+
+def _joined(stretches_s: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     joined: list[tuple[float, float]] = []
     for start_s, end_s in stretches_s:
-        if joined and start_s - lead_s <= joined[-1][1] + JOIN_S:
+        if joined and start_s <= joined[-1][1] + JOIN_S:
             joined[-1] = (joined[-1][0], max(joined[-1][1], end_s))
         else:
-            joined.append((start_s - lead_s, end_s))
+            joined.append((start_s, end_s))
     return joined
 
 
@@ -141,17 +170,16 @@ def _read(
     settings: VideoSettings,
     ends: float,
 ) -> list[Line]:
-    margin_s = REORDER_S + REORDER_FRAMES * facts.frame_s
     intervals = []
     for start_s, end_s in stretches_s:
-        begin = f"{start_s + facts.origin_s:.6f}" if start_s > facts.start_s + START_S else ""
-        intervals.append(f"{begin}%{end_s + margin_s + facts.origin_s:.6f}")
+        begin = "" if _from_start(start_s, facts) else f"{start_s + facts.origin_s:.6f}"
+        intervals.append(f"{begin}%{end_s + facts.origin_s:.6f}")
     command = [
         *("ffprobe", "-v", "error", *INPUT, "-select_streams", str(facts.index)),
         *("-show_entries", "packet=pts_time,dts_time,duration_time,flags"),
         *("-of", "csv=p=0", "-read_intervals", ",".join(intervals), "-i", facts.url(path)),
     ]
-    wanted_s = sum(end_s - start_s + margin_s for start_s, end_s in stretches_s)
+    wanted_s = sum(end_s - start_s for start_s, end_s in stretches_s)
     # ten times what the rate says: a wrong rate is a header's usual fault
     most = int(1e6 + 10 * LINE_BYTES * wanted_s * max(facts.nominal_fps, facts.average_fps, 60))
     done = run(command, settings, most_bytes=min(most, 256 << 20), ends=ends)
@@ -188,7 +216,9 @@ def _microseconds(text: bytes) -> int | None:
         return None
 
 
-def _index(lines: list[Line], facts: VideoFacts) -> FrameIndex:
+def _index(
+    lines: list[Line], read_s: Sequence[tuple[float, float]], facts: VideoFacts
+) -> FrameIndex:
     # of two packets with one time the key frame
     kept = {line[0]: line for line in sorted(lines, key=itemgetter(3))}
     ordered = [kept[shown] for shown in sorted(kept)]
@@ -203,4 +233,11 @@ def _index(lines: list[Line], facts: VideoFacts) -> FrameIndex:
         exact=exact,
         edge_us=round(EDGE_FRAMES * facts.frame_s * US),
         shift_us=0 if ordered_times else round(facts.held_back * facts.frame_s * US),
+        read_us=tuple(
+            (
+                -MOST_US if _from_start(start_s, facts) else round((start_s + facts.origin_s) * US),
+                round((end_s + facts.origin_s) * US),
+            )
+            for start_s, end_s in read_s
+        ),
     )

@@ -117,6 +117,32 @@ def test_variable_rate(tmp_path: Path) -> None:
             assert frame.time_s == pytest.approx(shown_s(expected), abs=0.002)
 
 
+@pytest.mark.parametrize("name", ["slide.mkv", "slide.mp4"])
+def test_a_picture_that_stands_for_minutes(tmp_path: Path, name: str) -> None:
+    """As in a recorded talk: the picture of a moment whose neighbours are far away on both sides."""
+    expression = "if(lt(N,50),N/25,200+(N-50)/25)/TB"
+    path = numbered_video(
+        *(tmp_path / name, 75, "-vf", f"settb=1/1000,setpts='{expression}'"),
+        *("-fps_mode", "passthrough", "-enc_time_base", "1/1000", *X264, "-g", "25", "-bf", "2"),
+    )
+    for time_s in (60.0, 199.5):
+        _, found = decode(path, [time_s])
+        assert number_of(only(found)[0].pixels) == 49, time_s
+    _, found = decode(path, [0.5, 30.0, 199.9, 200.2])
+    assert [number_of(frame.pixels) for frame in only(found)] == [12, 49, 49, 55]
+
+
+def test_a_seek_that_lands_behind_its_time_gives_no_picture_of_another(tmp_path: Path) -> None:
+    """FLV seeks by times of decoding: one just before a key frame is shown lands there."""
+    path = numbered_video(
+        tmp_path / "a.flv", 500, *X264, "-g", "250", "-bf", "3", "-sc_threshold", "0"
+    )
+    for times_s in ([9.97], [1.0, 9.97, 14.5], [1.0, 9.93]):
+        _, found = decode(path, times_s)
+        numbers = [number_of(frame.pixels) for frame in only(found)]
+        assert numbers == [int(time_s * FPS) for time_s in times_s]
+
+
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts"])
 def test_a_stream_that_starts_late(tmp_path: Path, name: str) -> None:
     """With sound before it; the times are those of the file, not of the stream."""
