@@ -114,9 +114,23 @@ def upright(stream: Any, facts: VideoFacts, width: int, height: int) -> Any:  # 
         in_color_matrix=_matrix(facts),
     )
     if facts.hdr:
+        stream = stream.filter("setparams", **_light(facts))
         for name, options in TONE_MAP:
             stream = stream.filter(name, **options)
     return stream
+
+
+def _light(facts: VideoFacts) -> dict[str, str]:
+    """What the signal is, as far as the stream does not say it: zscale refuses one that says a part.
+
+    BT.2020 then, to which PQ and HLG belong. Its constant luminance zscale knows for neither.
+    """
+    known = {"color_trc": facts.transfer}
+    if not facts.primaries:
+        known["color_primaries"] = "bt2020"
+    if facts.matrix in ("", "bt2020c"):
+        known["colorspace"] = "bt2020nc"
+    return known
 
 
 def _matrix(facts: VideoFacts) -> str:

@@ -31,7 +31,7 @@ from operators.settings import VideoSettings
 ENTRIES = (
     "format=format_name,start_time,duration"
     ":stream=index,codec_type,codec_name,width,height,sample_aspect_ratio,pix_fmt,field_order"
-    ",color_space,color_transfer,has_b_frames,r_frame_rate,avg_frame_rate,start_time,duration,channels"
+    ",color_space,color_transfer,color_primaries,has_b_frames,r_frame_rate,avg_frame_rate,start_time,duration,channels"
     ":stream_tags=DURATION:stream_disposition=attached_pic,timed_thumbnails"
     ":stream_side_data=side_data_type,rotation"
 )
@@ -78,6 +78,7 @@ class VideoFacts:
     hdr: bool
     transfer: str  # transfer function, "" where not given
     matrix: str  # YUV matrix, "" where not given
+    primaries: str  # "" where not given
     interlaced: bool | None  # None: the header does not say
     held_back: int  # pictures that a decoder keeps, because others come before them
     has_sound: bool
@@ -161,6 +162,7 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
         hdr=transfer in HDR,
         transfer=transfer,
         matrix=_known(stream.get("color_space")),
+        primaries=_known(stream.get("color_primaries")),
         interlaced=None if order == "unknown" else order != "progressive",
         held_back=int(stream.get("has_b_frames") or 0),
         has_sound=any(map(has_sound, header.streams)),

@@ -317,6 +317,21 @@ def test_hdr_looks_like_what_an_ordinary_display_shows(tmp_path: Path, transfer:
     assert 60 < grey.mean() < 190
 
 
+@pytest.mark.parametrize("matrix", [(), ("-colorspace", "bt2020c")])
+def test_hdr_that_does_not_say_all_of_itself(tmp_path: Path, matrix: tuple[str, ...]) -> None:
+    def shown(name: str, *tags: str) -> np.ndarray:
+        path = write_video(
+            *(tmp_path / name, [hdr_signal(PALETTE, "smpte2084")], "-pix_fmt", "yuv420p10le"),
+            *("-vf", "scale=out_color_matrix=bt2020:out_range=tv", *X264, "-crf", "5"),
+            *("-color_trc", "smpte2084", *tags),
+        )
+        (frame,) = only(decode(path, [0.01])[1])
+        return frame.pixels
+
+    whole = shown("whole.mp4", "-color_primaries", "bt2020", "-colorspace", "bt2020nc")
+    assert np.array_equal(shown("part.mp4", *matrix), whole)
+
+
 def test_interlaced_pictures_have_no_combs(tmp_path: Path) -> None:
     """A bar that moves by 16 px from field to field: its edge is a comb of 16 px if weaved."""
 
