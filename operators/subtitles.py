@@ -6,6 +6,7 @@ lines, and sharing a segment's time between its cues, would still be here.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ def chapters(captions: Sequence[Segment]) -> str:
 
 
 def srt(cues: Sequence[Cue]) -> str:
-    """A SubRip file. It knows no escapes: `-->` in a text becomes `->`."""
+    """A SubRip file. It knows no escapes: `-->` in a text, also `--->`, becomes `->`."""
     return "\n".join(
         f"{number}\n{_time(cue.start_s, ',')} --> {_time(cue.end_s, ',')}\n"
-        + "\n".join(cue.lines).replace("-->", "->")
+        + re.sub("-{2,}>", "->", "\n".join(cue.lines))
         + "\n"
         for number, cue in enumerate(cues, 1)
     )
@@ -147,13 +148,26 @@ def _pieces(text: str) -> list[_Piece]:
                 end = next(
                     at for at in range(1, len(word) + 1) if _width(word[:at]) >= LINE_WIDTH // 2
                 )
+                while end < len(word) and _belongs(word[end]):
+                    end += 1
             pieces.append(_Piece(word[:end], glue, _width(word[:end])))
             word, glue = word[end:], ""
     return pieces
 
 
+def _belongs(sign: str) -> bool:
+    """Whether a sign is one with the letter before it, as vowels and tones of Thai and Indic scripts."""
+    return unicodedata.category(sign).startswith("M")
+
+
 def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text)
+    return sum(_sign_width(sign) for sign in text)
+
+
+def _sign_width(sign: str) -> int:
+    if unicodedata.category(sign) in ("Mn", "Me"):  # above or below its letter
+        return 0
+    return 2 if unicodedata.east_asian_width(sign) in "WF" else 1
 
 
 def _time(seconds: float, mark: str) -> str:

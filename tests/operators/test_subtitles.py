@@ -8,6 +8,7 @@ import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,6 +81,22 @@ def test_whatever_is_said(drawn: list[tuple[float, float, str]]) -> None:
     said = "".join("".join(cue.lines) for cue in made)
     wanted = "".join(segment.text for segment in given_segments)
     assert re.sub(r"\s", "", said) == re.sub(r"\s", "", wanted)
+
+
+@pytest.mark.parametrize("syllable", ["ที่", "हि", "e\u0301"])
+def test_no_line_begins_with_a_mark_of_the_letter_before_it(syllable: str) -> None:
+    """42 letters fill a line, however many marks are above and below them."""
+    made = cues([Segment(0, 10, syllable * 101)])
+    lines = [line for cue in made for line in cue.lines]
+    assert "".join(lines) == syllable * 101
+    assert all(line.startswith(syllable) for line in lines)
+    assert len(cues([Segment(0, 5, "e\u0301" * 42)])[0].lines) == 1
+
+
+@pytest.mark.parametrize("text", ["a -->", "a ---> b", "a ------> b"])
+def test_no_arrow_is_left_in_a_text(text: str) -> None:
+    made = [Cue(0, 1, (text,))]
+    assert srt(made).count("-->") == webvtt(made).count("-->") == 1
 
 
 def test_the_files() -> None:
