@@ -25,8 +25,8 @@ from operators.settings import AudioSettings, VideoSettings
 # has no times.
 FORMATS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,ast,au,avi,caf,dsf,dts,dtshd,dv,eac3,flac,flv,g722,g729"
-    ",gif,gsm,gxf,ivf,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,mxf,nsv,nut,ogg,oma,qcp,rm,sox"
-    ",swf,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma,yuv4mpegpipe"
+    ",gif,gsm,gxf,ivf,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,mxf,nistsphere,nsv,nut,ogg,oma,qcp,rm"
+    ",sox,swf,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma,yuv4mpegpipe"
 )
 # subfile: the beginning of a local file (VideoFacts.url)
 PROTOCOLS = "file,pipe,subfile"

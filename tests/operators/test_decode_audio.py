@@ -340,6 +340,19 @@ def test_a_wav_inside_of_a_file_name_with_colons_and_dashes(tmp_path: Path) -> N
     assert len(decode(strange)) == RATE_HZ
 
 
+def test_a_file_of_a_speech_corpus(tmp_path: Path) -> None:
+    """NIST SPHERE, as TIMIT and Switchboard come, often with the name of a WAV."""
+    sound = (tone(4, 300.0) * 32767).astype("<i2")
+    fields = f"sample_count -i {len(sound)}\nsample_rate -i 16000\nchannel_count -i 1\n"
+    fields += "sample_n_bytes -i 2\nsample_byte_format -s2 01\nend_head\n"
+    path = tmp_path / "SA1.WAV"
+    path.write_bytes(f"NIST_1A\n   1024\n{fields}".ljust(1024).encode() + sound.tobytes())
+    probed = probe_audio(str(path), SETTINGS)
+    assert probed.duration_s == 4
+    piece = decode_audio(str(path), probed, 48_000, 48_000, 56_000, SETTINGS)
+    assert np.array_equal(piece.samples * 32768, sound[48_000:56_000])
+
+
 def test_a_wav_without_a_length(tmp_path: Path) -> None:
     """As a recorder leaves it that was writing to a pipe."""
     path = write(tmp_path / "a.wav", tone(3))
