@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Final
 
@@ -84,17 +85,20 @@ class Side:
         draw: Callable[[int], Share],
         take: Callable[[int, Share], dict[str, Metrics]],
     ) -> None:
+        # With its own copy of the other end it would wait for ever where the trainer was killed.
+        self._pipe.close()
         drawn: dict[int, Share] = {}
-        while (step := pipe.recv()) is not None:
-            figures = take(step, drawn.get(step) or draw(step))
-            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-                if parameter.grad is None:
-                    gradient.zero_()
-                else:
-                    gradient.copy_(parameter.grad)
-                parameter.grad = None
-            pipe.send(figures)
-            drawn = {step + 1: draw(step + 1)}  # while the parameters change
+        with suppress(EOFError, ConnectionError):
+            while (step := pipe.recv()) is not None:
+                figures = take(step, drawn.get(step) or draw(step))
+                for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                    if parameter.grad is None:
+                        gradient.zero_()
+                    else:
+                        gradient.copy_(parameter.grad)
+                    parameter.grad = None
+                pipe.send(figures)
+                drawn = {step + 1: draw(step + 1)}  # while the parameters change
 
     def ask(self, step: int) -> None:
         """Start the share of a step; parameters must not change before `collect`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,20 @@ def test_compiled_layers_do_what_the_others_do(tmp_path: Path) -> None:
     ours, theirs = (json.loads((work / "log.jsonl").read_text()) for work in (plain, compiled))
     for key in ("pictures", "clips", "large", "windows"):
         assert theirs[f"{key}.answer"] == pytest.approx(ours[f"{key}.answer"], rel=1e-2), key
+
+
+def test_the_second_process_ends_with_a_trainer_that_is_killed() -> None:
+    """Nobody would notice the one that stays: it holds a core's share of memory, and the output."""
+    program = (
+        "import os, signal, torch\n"
+        "from deploy.nano.parallel import Side\n"
+        "side = Side(torch.nn.Linear(2, 2), lambda step: {}, lambda step, share: {'step': step})\n"
+        "side.ask(4)\n"
+        "print(side.collect(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # ends when the last process that holds this output has ended
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert ended.stdout == b"{'step': 4}\n"
+    assert ended.stderr == b""
