@@ -46,10 +46,12 @@ SEMANTICS_VERSION = 2
 # What a task asks where the job names no prompt.
 DEFAULT_PRESET = {"caption": "caption-dense", "describe-video": "video-describe"}
 
-# What a task is done to.
-# What vLLM reserves for a video: 32 frames of 70 patches with their marks and times.
-VIDEO_ITEM_TOKENS = 2496
+# A video's frames with their marks and times go through prefill in one step (a picture's tokens see each
+# other), so a step must hold them. vLLM reckons with 2496 tokens; where each character of a time is one,
+# there are up to 2550, and such a request would wait for ever, with all behind it.
+VIDEO_ITEM_TOKENS = most_tokens(32, 70)
 
+# What a task is done to.
 Modality = Literal["image", "audio", "video"]
 MODALITY: dict[str, Modality] = {
     "caption": "image",

@@ -27,7 +27,7 @@ def test_four_lines_are_a_job_and_the_defaults_are_the_12bs(tmp_path: Path) -> N
     job = load_job(job_file(tmp_path))
     assert job.image.max_soft_tokens == 280
     assert job.model.max_model_len == 4096
-    assert job.engine.max_num_batched_tokens >= 2496
+    assert job.engine.max_num_batched_tokens >= 2560
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_video_job_asks_what_its_parts_ask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["engine.max_num_batched_tokens=2048"], "at least 2496"),
+        (["engine.max_num_batched_tokens=2496"], "at least 2560"),
         (["model.render=engine"], "is for images"),
         (["prompt.preset=ocr"], "video-describe, video-dense"),
         (["model.max_model_len=2048"], "no room for an answer"),
