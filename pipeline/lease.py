@@ -173,11 +173,11 @@ class Lease:
                     if self._is_ours(found) and self._swap(renewed, found):
                         self._mine = renewed
                         until = time.monotonic() + self._ttl_s
-                    else:
-                        self._lose(self._slot.read())
+                    elif not self._is_ours(found := self._slot.read()):
+                        self._lose(found)
                 except self._faults:
-                    if time.monotonic() < until:
-                        continue
+                    pass  # tried again, while there is time
+                if not self._lost and time.monotonic() >= until:
                     self._lost = f"{self._store.url()}: the lease could not be renewed in time"
                 if self._lost:
                     self._on_lost()
