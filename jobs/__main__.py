@@ -32,7 +32,8 @@ from pipeline.config import ConfigError, load_job
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    console = Console(soft_wrap=True)
+    # Nothing is marked up here, and names and answers may hold [brackets] and :signs:.
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     if on_main := threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, _terminate)
     try:

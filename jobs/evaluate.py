@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import yaml
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from jobs.exits import BROKEN, FINISHED, HELD, REFUSED
 
@@ -118,7 +117,7 @@ def _compare(options: argparse.Namespace, console: Console) -> list[Scores]:
     from pipeline.references import read_references
 
     a, b = (open_output(uri, options.storage_options) for uri in (options.output, options.against))
-    console.print(f"A {a.label}\nB {b.label}", highlight=False, markup=False)
+    console.print(f"A {a.label}\nB {b.label}", highlight=False)
     _print_settings(console, a.settings(), b.settings())
     if not options.references:
         scores = _disagreement(a, b, options.only_finished)
@@ -210,7 +209,7 @@ def _say(console: Console, scores: Scores, name: str = "") -> None:
     if asked.without_text:
         lines.append(f"{asked.without_text:,} rows of the references without text: not counted")
     for line in (*lines, *_counted(scores)):
-        console.print(f"{name} {line}".strip(), highlight=False, markup=False)
+        console.print(f"{name} {line}".strip(), highlight=False)
 
 
 def _counted(scores: Scores) -> Iterator[str]:
@@ -261,8 +260,7 @@ def _print_worst(console: Console, scores: Scores, rows: int) -> None:
     table = _table("worst first", "state", "WER", "CER", "sub", "ins", "del", "of")
     for one in scores.assets[: max(0, rows)]:
         table.add_row(
-            # Text, not markup: a key may hold square brackets.
-            Text(one.row["source_id"] or one.row["uri"]),
+            one.row["source_id"] or one.row["uri"],
             one.row["error_code"] or one.row["status"],
             "-" if one.unspaced else _percent(one.words.rate),
             _percent(one.characters.rate),
@@ -276,7 +274,7 @@ def _print_settings(console: Console, a: Mapping[str, str], b: Mapping[str, str]
     differing = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     table = _table("setting that differs", "A", "B")
     for name in differing:
-        table.add_row(name, Text(a.get(name, "-")), Text(b.get(name, "-")))
+        table.add_row(name, a.get(name, "-"), b.get(name, "-"))
     console.print(table if differing else "no setting differs", highlight=False)
 
 
@@ -298,7 +296,7 @@ def _print_comparison(console: Console, compared: Comparison, rows: int) -> None
         listed = _table(f"{len(pairs):,} {title}", "A", "B", "errors")
         for one, other in pairs[: max(0, rows)]:
             rates = (_percent(side.headline.rate) for side in (one, other))
-            name = Text(one.row["source_id"] or one.row["uri"])
+            name = one.row["source_id"] or one.row["uri"]
             listed.add_row(name, *rates, f"{_more((one, other)):+,}")
         console.print(listed if listed.row_count else f"0 {title}", highlight=False)
 
@@ -327,7 +325,6 @@ def print_sweep(
         *_counted(tried[0].scores),
         sep="\n",
         highlight=False,
-        markup=False,
     )
     columns = ("WER", "CER", "words", "failed", "output tokens", "media tokens", "seconds")
     table = _table(field, *columns)
@@ -336,7 +333,7 @@ def print_sweep(
         failed = sum(asset.row["status"] in UNFINISHED for asset in one.scores.assets)
         figures = (words, failed, one.total("output_tokens"), one.total("media_tokens"))
         table.add_row(
-            Text(one.value),
+            one.value,
             _percent(one.scores.words.rate),
             _percent(one.scores.characters.rate),
             *(f"{number:,}" for number in figures),

@@ -132,7 +132,7 @@ def _submit(server: JobServer, options: argparse.Namespace, console: Console) ->
 
 def _status(server: JobServer, options: argparse.Namespace, console: Console) -> int:
     state = server.state(options.id)
-    console.print(f"{state.status}: {state.message}", highlight=False, markup=False)
+    console.print(f"{state.status}: {state.message}", highlight=False)
     return exit_code(state)
 
 

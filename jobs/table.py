@@ -6,7 +6,6 @@ from pathlib import PurePosixPath
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from pipeline.assemble import RESULTS_FOLDER, read_marker, read_part
 from pipeline.config import Job
@@ -34,10 +33,7 @@ def print_answers(job: Job, console: Console, rows: int) -> None:
                 shown.append(f"and {len(lines) - LINES} more")
             if answer["error_code"]:
                 shown.append(answer["error_code"])
-            # Text, not markup: a model's answer may hold square brackets.
-            table.add_row(
-                Text(PurePosixPath(answer["uri"]).name), answer["status"], Text("\n".join(shown))
-            )
+            table.add_row(PurePosixPath(answer["uri"]).name, answer["status"], "\n".join(shown))
         left -= min(left, answers.num_rows)
     if table.row_count:
         console.print(table)

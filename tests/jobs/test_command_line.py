@@ -70,9 +70,12 @@ def test_a_missing_job_file_is_refused(
 def test_an_input_without_files_is_refused(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "void").mkdir()
-    assert main(["run", str(job), "--set", f"input.uri={tmp_path / 'void'}"]) == REFUSED
-    assert "no file matches" in capsys.readouterr().err
+    void = tmp_path / "[old] :x: void"  # shown as it is
+    void.mkdir()
+    assert main(["run", str(job), "--set", f"input.uri='{void}'"]) == REFUSED
+    said = capsys.readouterr()
+    assert f"listing {void}" in said.out
+    assert "no file matches" in said.err
     assert not (tmp_path / "out").exists()
 
 

@@ -85,7 +85,7 @@ def go(*words: str, **how: Any) -> tuple[int, str]:
     add_command(parser.add_subparsers(required=True))
     options = parser.parse_args(["evaluate", *words])
     said = io.StringIO()
-    code = options.command(options, Console(file=said, width=160), **how)
+    code = options.command(options, Console(file=said, width=160, markup=False, emoji=False), **how)
     return code, re.sub(r"[│┃ ]+", " ", said.getvalue())
 
 
@@ -238,7 +238,12 @@ def test_a_sweep_runs_every_value_on_the_same_sample(
     assert sample_of(first, references, 5, 1)[0]["_uri"].to_pylist() != uris
 
     said = io.StringIO()
-    evaluate.print_sweep(Console(file=said, width=160), "audio.window_s", references, tried)
+    evaluate.print_sweep(
+        Console(file=said, width=160, markup=False, emoji=False),
+        "audio.window_s",
+        references,
+        tried,
+    )
     assert "a sample of 5 of 7 references of" in said.getvalue()
     assert re.search(
         r" 10 0\.00% 0\.00% 15 0 20 1,250 12\.5 ", re.sub(r"[│ ]+", " ", said.getvalue())
