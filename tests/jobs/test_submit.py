@@ -339,20 +339,27 @@ VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": ""}
 JOB = {"type": "SUBMISSION", "entrypoint": "", "submission_id": "one"}
 
 
+@pytest.fixture
+def bucket_job(tmp_path: Path) -> Path:
+    """A job that is all URIs, so that it may go to a cluster; under a name that it loses there."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
+    )
+    return file
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("submit", "job.yaml", "--id", "one"), "it goes on, and `polyscribe stop one --address"),
+        (("submit", "mine.yaml", "--id", "one"), "it goes on, and `polyscribe stop one --address"),
         (("logs", "one"), "it goes on, and `polyscribe stop one --address"),
         (("stop", "one"), "it was told to stop"),
     ],
 )
 def test_sigterm_ends_the_watching_and_not_the_job(
-    words: tuple[str, ...], said: str, web: WebServer, tmp_path: Path
+    words: tuple[str, ...], said: str, web: WebServer, bucket_job: Path
 ) -> None:
-    (tmp_path / "job.yaml").write_text(
-        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
-    )
     running = {**JOB, "status": "RUNNING"}
     watches = threading.Event()
 
@@ -370,7 +377,7 @@ def test_sigterm_ends_the_watching_and_not_the_job(
     watching = subprocess.Popen(
         [sys.executable, "-m", "jobs", *words, "--wait", "--address", web.url],
         env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=tmp_path,
+        cwd=bucket_job.parent,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -431,13 +438,9 @@ def body(handler: BaseHTTPRequestHandler) -> bytes:
 
 
 def test_overrides_travel_in_the_job_file_and_not_in_the_command(
-    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    web: WebServer, bucket_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They may be secrets, and the command is what the dashboard shows."""
-    file = tmp_path / "mine.yaml"
-    file.write_text(
-        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
-    )
     shown: list[bytes] = []
 
     def submit(handler: BaseHTTPRequestHandler) -> None:
@@ -449,7 +452,9 @@ def test_overrides_travel_in_the_job_file_and_not_in_the_command(
     web.routes["/api/jobs/"] = submit
     overrides = ("output.storage_options.secret=wJalr", 'prompt.text=It\'s a $HOME; `x` "y" é')
     words = [word for override in overrides for word in ("--set", override)]
-    assert main(["submit", str(file), *words, "--image-code", "--address", web.url]) == FINISHED
+    assert (
+        main(["submit", str(bucket_job), *words, "--image-code", "--address", web.url]) == FINISHED
+    )
     assert capsys.readouterr().out == "one\n"
     (asked,) = shown
     assert json.loads(asked)["entrypoint"] == "exec python -m jobs run job.yaml"
@@ -458,7 +463,7 @@ def test_overrides_travel_in_the_job_file_and_not_in_the_command(
     (tmp_path / "sent").mkdir()
     with ZipFile(BytesIO(package)) as sent:
         sent.extract("job.yaml", tmp_path / "sent")
-    assert load_job(tmp_path / "sent/job.yaml") == load_job(file, overrides)
+    assert load_job(tmp_path / "sent/job.yaml") == load_job(bucket_job, overrides)
 
 
 @pytest.mark.parametrize("code", [(), ("--image-code",)])
@@ -466,17 +471,14 @@ def test_overrides_travel_in_the_job_file_and_not_in_the_command(
 def test_a_relative_path_is_refused_whatever_code_runs(
     field: str,
     code: tuple[str, ...],
+    bucket_job: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "job.yaml"
-    file.write_text(
-        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
-    )
-    assert main(["submit", str(file), "--set", f"{field}=here", *code]) == REFUSED
+    assert main(["submit", str(bucket_job), "--set", f"{field}=here", *code]) == REFUSED
     assert f"{field}: here is a path relative to this folder" in capsys.readouterr().err
 
 
@@ -518,14 +520,10 @@ def test_a_name_that_the_job_server_cannot_keep_is_refused(
 
 
 def test_another_job_of_the_same_name_is_not_taken_for_this_one(
-    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    web: WebServer, bucket_job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A unit file that was copied for a second job: it would watch the first's run, and never run."""
-    file = tmp_path / "job.yaml"
-    file.write_text(
-        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
-    )
-    job = load_job(file)
+    job = load_job(bucket_job)
     first = {**JOB, "metadata": {"output": "s3://b/o", "fingerprint": job.fingerprint}}
     routes: dict[str, Any] = {
         "/api/version": VERSION,
@@ -534,7 +532,7 @@ def test_another_job_of_the_same_name_is_not_taken_for_this_one(
     }
     for path, fields in routes.items():
         web.routes[path] = lambda handler, fields=fields: answer(handler, 200, fields)
-    submit = ["submit", str(file), "--id", "one", "--wait", "--address", web.url]
+    submit = ["submit", str(bucket_job), "--id", "one", "--wait", "--address", web.url]
     assert main(submit) == FINISHED  # the same job: watched
     for other in ("output.uri=s3://b/other", "prompt.text=What is this?"):
         assert main([*submit, "--set", other]) == BROKEN
@@ -557,12 +555,8 @@ def test_a_token_that_changes_while_a_job_is_watched_is_said(
 
 
 def test_a_head_that_starts_again_at_the_hour_of_a_run_does_not_cost_the_night(
-    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    web: WebServer, bucket_job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "job.yaml"
-    file.write_text(
-        "{task: caption, input: {uri: s3://b/i}, output: {uri: s3://b/o}, model: {id: a/b}}"
-    )
     turns = iter(["gone", "502"])
 
     def version(handler: BaseHTTPRequestHandler) -> None:
@@ -580,7 +574,7 @@ def test_a_head_that_starts_again_at_the_hour_of_a_run_does_not_cost_the_night(
         body(handler),
         answer(handler, 200, {"job_id": "one", "submission_id": "one"}),
     )[1]
-    submit = ["submit", str(file), "--image-code", "--address", web.url]
+    submit = ["submit", str(bucket_job), "--image-code", "--address", web.url]
     assert main([*submit, "--wait"]) == FINISHED
     told = capsys.readouterr()
     assert told.out == "one\n"
