@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,6 +113,19 @@ def resolve(named: str, manifest: str) -> str:
     return f"{normalise(folder)}/{named}"
 
 
+def text_of(file: IO[bytes], name: str) -> io.TextIOWrapper:
+    """The lines of a CSV or JSONL file, unpacked where its name ends in .gz."""
+    plain = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+    # utf-8-sig: spreadsheets put a mark before the first column's name
+    return io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+
+
+def csv_rows(text: io.TextIOWrapper) -> csv.DictReader[str]:
+    """Rows by column. The limit of a cell is one for the whole process."""
+    csv.field_size_limit(MAX_TEXT_CHARS)
+    return csv.DictReader(text, strict=True)
+
+
 def _files(config: InputConfig) -> Iterator[str]:
     """The manifest, or the Parquet files of a folder (only where kind says it is a manifest)."""
     uri = config.uri
@@ -148,9 +161,7 @@ def _rows(uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
             if name.endswith(PARQUET):
                 yield from _parquet(file, uri, config)
                 return
-            plain = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-            # utf-8-sig: spreadsheets put a mark before the first column's name
-            text = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+            text = text_of(file, name)
             yield from (_csv if name.endswith(CSV) else _json_lines)(text, uri, config)
     except UnicodeDecodeError as error:
         raise SourceError(f"{redact(uri)}: the manifest is not UTF-8 text") from error
@@ -177,8 +188,7 @@ def _parquet(file: Any, uri: str, config: InputConfig) -> Iterator[tuple[str, Ro
 
 
 def _csv(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(MAX_TEXT_CHARS)
-    reader = csv.DictReader(text, strict=True)
+    reader = csv_rows(text)
     try:
         _check(reader.fieldnames or (), uri, config)
         for row in reader:

@@ -7,8 +7,6 @@ matched          references to results: by key, or by the end of the path
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 import zlib
 from collections import defaultdict
@@ -21,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.stores import HTTP, protocol, reason, redact, unsigned
-from pipeline.manifest import CSV, MANIFESTS, MAX_TEXT_CHARS, PARQUET, resolve
+from pipeline.manifest import CSV, MANIFESTS, PARQUET, csv_rows, resolve, text_of
 from pipeline.source_list import opened
 from pipeline.source_rows import listing_faults
 
@@ -91,7 +89,6 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     name = uri.lower().partition("?")[0]
     if not name.endswith(MANIFESTS):
         raise EvaluateError(f"{redact(uri)}: must end in one of {', '.join(MANIFESTS)}")
-    csv.field_size_limit(MAX_TEXT_CHARS)
     try:
         with opened(uri, options) as file:
             if name.endswith(PARQUET):
@@ -99,10 +96,9 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
                 there = list(parquet.schema_arrow.names)
                 wanted = [one for one in (*KEYS, "text", "language") if one in there]
                 return there, parquet.read(columns=wanted).to_pylist()
-            plain = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-            text = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+            text = text_of(file, name)
             if name.endswith(CSV):
-                reader = csv.DictReader(text, strict=True)
+                reader = csv_rows(text)
                 return list(reader.fieldnames or ()), list(reader)
             rows = [json.loads(line) for line in text if line.strip()]
     except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error) as error:
