@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import WebServer
+from ports import free_ports
 
 from jobs.exits import HELD, REFUSED, TOO_MANY_FAILED
 from jobs.submit import exit_code
@@ -292,16 +292,13 @@ def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
     shutil.copy(ROOT / "deploy/cluster", checkout / "deploy")
     (checkout / "deploy/setup").write_text("exit 0\n")
     (checkout / ".venv").symlink_to(sys.prefix)
-    ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    numbers = [str(port.getsockname()[1]) for port in ports]
-    for port in ports:
-        port.close()
+    ports = [str(port) for port in free_ports(2)]
     place = mkdtemp(prefix="pc-", dir="/tmp")  # socket paths must be short
     environment = {
         **os.environ,
         "POLYSCRIBE_CLUSTER": f"{place}/c",
-        "POLYSCRIBE_PORT": numbers[0],
-        "POLYSCRIBE_DASHBOARD_PORT": numbers[1],
+        "POLYSCRIBE_PORT": ports[0],
+        "POLYSCRIBE_DASHBOARD_PORT": ports[1],
         "RAY_AUTH_MODE": "disabled",  # the token would be put into the home folder
     }
 
@@ -328,7 +325,7 @@ def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
                 "import time; until = time.monotonic() + 30\n"
                 "while len(ray.nodes()) < 3 and time.monotonic() < until: time.sleep(0.3)\n"
                 "print(sorted(node['Resources'].get('CPU', 0) for node in ray.nodes()))",
-                f"127.0.0.1:{numbers[0]}",
+                f"127.0.0.1:{ports[0]}",
             ],
             env=environment,
             capture_output=True,

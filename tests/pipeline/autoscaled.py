@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 
 import fakes
 import ray
+from ports import free_ports
 from rich.console import Console
 from several_nodes import Located
 
@@ -62,10 +62,7 @@ POOLS = {
 def autoscaled() -> Iterator[str]:
     """The address of a head without CPUs, whose autoscaler may start what POOLS has."""
     place = mkdtemp(prefix="pa-", dir="/tmp")  # socket paths must be short
-    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    port, client = (one.getsockname()[1] for one in free)
-    for one in free:
-        one.close()
+    port, client = free_ports(2)
     address = f"{ray.util.get_node_ip_address()}:{port}"
     config = {
         "cluster_name": "polyscribe",
