@@ -26,7 +26,8 @@ from jobs.exits import (
     exit_code_of,
 )
 from jobs.submit import add_commands
-from pipeline.config import ConfigError, load_job
+from pipeline.config import ConfigError
+from pipeline.job_file import load_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

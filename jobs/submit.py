@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from jobs.exits import BROKEN, FINISHED, TERMINATED, UNFINISHED, Terminated, exit_code_of
-from pipeline.config import ConfigError, Job, load_job, read_job
+from pipeline.config import ConfigError, Job
+from pipeline.job_file import load_job, read_job
 
 if TYPE_CHECKING:
     from pipeline.submit import JobServer, State

@@ -1,20 +1,17 @@
-"""One YAML a job, read into frozen models: what is asked (operators/settings.py) plus where and how much.
+"""A job as frozen models: what is asked (operators/settings.py) plus where and how much.
 
-`load_job` reads, overrides and checks; every error names the field, the value and what is allowed.
 `Job.fingerprint` hashes what changes an answer, `Job.public` is the job without its secrets.
+pipeline/job_file.py reads one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from operators.frames import SAMPLE_RATE_HZ, frame_count
 from operators.prompt import (
@@ -60,10 +57,6 @@ MODALITY: dict[str, Modality] = {
     "describe-video": "video",
 }
 
-# Where a wrong field is named in an error, its value is not, if its name matches.
-SECRET_NAME = re.compile(
-    r"secret|token|password|passwd|credential|key|sas|connection|auth|sign|cookie", re.IGNORECASE
-)
 # What run.json shows of a store's options. Any name may be that of a secret (a header's, a cookie's),
 # so this says what is none.
 PUBLIC_OPTIONS = frozenset(
@@ -71,8 +64,6 @@ PUBLIC_OPTIONS = frozenset(
     | {"version_aware", "project", "account_name", "addressing_style", "signature_version"}
     | {"connect_timeout", "read_timeout", "max_pool_connections", "total_max_attempts", "mode"}
 )
-# Fields of ours whose names look like secrets but are none.
-PUBLIC_NAMES = frozenset({"max_tokens", "max_soft_tokens"})
 
 
 class ConfigError(Exception):
@@ -326,79 +317,6 @@ class Job(Settings):
         return cleaned
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file and apply `section.field=value` overrides (values are YAML).
-
-    Raises ConfigError, with one line for each field that is wrong.
-    """
-    try:
-        return Job.model_validate(read_job(path, overrides))
-    except ValidationError as error:
-        raise ConfigError("\n".join([f"{path}:", *_explain(error)])) from error
-
-
-def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The job file's fields as they stand there, overrides applied, secrets included. Not checked.
-
-    Raises ConfigError where there is no such mapping.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold fields such as task, input and output")
-    for override in overrides:
-        _override(data, override)
-    return data
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    name, equals, value = override.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--set {override}: must be section.field=value")
-    *sections, field = name.split(".")
-    for section in sections:
-        inner = data.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {section} is not a section")
-        data = inner
-    try:
-        data[field] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or "job"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "missing":
-            yield f"  {field}: missing"
-        elif problem["type"] == "extra_forbidden":
-            yield f"  {field}: no such field; allowed here: {', '.join(_fields(problem['loc']))}"
-        elif isinstance(problem["input"], dict):
-            yield f"  {field}: {message}"
-        elif "storage_options" in problem["loc"] or _is_secret(field.rpartition(".")[2]):
-            yield f"  {field}: {message}; got ***"
-        else:
-            yield f"  {field}: {message}; got {problem['input']!r}"
-
-
-def _fields(loc: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Job
-    for part in loc[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
-    return sorted(model.model_fields)
-
-
 def _asked(settings: Settings) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
@@ -420,7 +338,3 @@ def _without_secrets(value: Any, name: str = "", options: bool = False) -> Any: 
     if options and name not in PUBLIC_OPTIONS:
         return "***"
     return redact(value) if isinstance(value, str) else value
-
-
-def _is_secret(name: str) -> bool:
-    return name not in PUBLIC_NAMES and SECRET_NAME.search(name) is not None

@@ -85,7 +85,7 @@ class JobServer:
         code: bool = True,
         job_id: str | None = None,
     ) -> str:
-        """The id of a new job. `job`: its fields (config.read_job). `code`: send this checkout's code,
+        """The id of a new job. `job`: its fields (job_file.read_job). `code`: send this checkout's code,
         else that of the image runs. `job_id`: one that `named` gave; default: Ray makes one.
         """
         with TemporaryDirectory(prefix="polyscribe-") as folder:

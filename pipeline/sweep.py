@@ -13,8 +13,9 @@ import pyarrow as pa
 import yaml
 
 from operators.stores import unsigned
-from pipeline.config import Job, load_job
+from pipeline.config import Job
 from pipeline.evaluate import Output, Scores, open_output, score
+from pipeline.job_file import load_job
 from pipeline.parts import parquet_bytes
 from pipeline.plan import EXTENSIONS
 from pipeline.references import EvaluateError, Reference, References, matched

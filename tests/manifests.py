@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Job, load_job
+from pipeline.config import Job
+from pipeline.job_file import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))

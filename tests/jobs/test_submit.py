@@ -16,7 +16,7 @@ from job_server import JOB, VERSION, answer
 
 from jobs.__main__ import main
 from jobs.exits import BROKEN, FINISHED, REFUSED
-from pipeline.config import load_job
+from pipeline.job_file import load_job
 
 
 class Packages(dict[str, Callable[[BaseHTTPRequestHandler], None]]):

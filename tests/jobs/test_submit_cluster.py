@@ -24,7 +24,7 @@ from PIL import Image
 from ports import free_ports
 
 from jobs.exits import BROKEN, FINISHED, HELD, REFUSED, TERMINATED, TOO_MANY_FAILED, UNFINISHED
-from pipeline.config import load_job
+from pipeline.job_file import load_job
 
 PICTURES = 1200
 

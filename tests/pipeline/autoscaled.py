@@ -26,7 +26,7 @@ from ports import free_ports
 from rich.console import Console
 from several_nodes import Located
 
-from pipeline.config import load_job
+from pipeline.job_file import load_job
 from pipeline.preview import preview
 from pipeline.run import run
 

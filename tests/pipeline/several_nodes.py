@@ -29,7 +29,7 @@ from rich.console import Console
 
 from jobs.__main__ import main as polyscribe
 from operators.requests import Answer, Request
-from pipeline.config import load_job
+from pipeline.job_file import load_job
 from pipeline.run import folder_store, run
 
 

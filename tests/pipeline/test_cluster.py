@@ -144,7 +144,7 @@ def test_pools_from_zero_are_asked_for_what_is_needed_and_no_more(job: Path, wha
 def test_the_smallest_machines_finish(job: Path, cpus: int) -> None:
     program = (
         "import sys, io, fakes, ray; from rich.console import Console\n"
-        "from pipeline.config import load_job; from pipeline.run import run\n"
+        "from pipeline.job_file import load_job; from pipeline.run import run\n"
         f"ray.init(num_cpus={cpus}, include_dashboard=False, log_to_driver=False,"
         " object_store_memory=200_000_000)\n"
         "ray.cloudpickle.register_pickle_by_value(fakes)\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, load_job
+from pipeline.config import ConfigError
+from pipeline.job_file import load_job
 
 MINIMAL = """
 task: caption
