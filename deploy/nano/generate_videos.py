@@ -190,16 +190,6 @@ class Shot:
     end_s: float
 
 
-def draw_shots(rng: np.random.Generator, durations_s: list[float], aspect: float) -> list[Shot]:
-    """Draw one clip for each duration, one after another."""
-    shots: list[Shot] = []
-    start = 0.0
-    for duration in durations_s:
-        shots.append(Shot(draw_clip(rng, duration, aspect), start, start + duration))
-        start += duration
-    return shots
-
-
 def frames(shots: list[Shot], width: int, height: int, fps: float) -> Iterator[Pixels]:
     """Paint every frame of the shots in order, uint8 RGB [height, width, 3]."""
     index = 0
