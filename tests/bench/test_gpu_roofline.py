@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from bench.gpu import roofline
@@ -97,5 +96,5 @@ def test_the_tables_put_ratios_beside_figures_and_dashes_where_there_are_none() 
     assert f"| setting/fp8 | {MISSING} |" in shown
 
 
-def test_the_tables_of_nothing_are_all_dashes(tmp_path: Path) -> None:
+def test_the_tables_of_nothing_are_all_dashes() -> None:
     assert tables({}, MODEL).startswith("nothing measured")

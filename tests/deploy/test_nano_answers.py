@@ -3,9 +3,8 @@
 A short form of `python deploy/nano/evaluate.py`; the longer table is in deploy/nano/checkpoint/README.md.
 """
 
-from pathlib import Path
-
 import pytest
+from conftest import CHECKPOINT
 
 from deploy.nano import heldout
 from deploy.nano.answers import Transformers, ask_engine
@@ -14,7 +13,6 @@ from deploy.nano.speech_bank import record
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "deploy" / "nano" / "checkpoint"
 FLOOR = 0.93
 SEED = 2_000_003
 COMPARED = 10

@@ -6,10 +6,10 @@ than the same requests get unbroken.
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CHECKPOINT
 
 from deploy.nano import heldout, prepare
 from deploy.nano.answers import Transformers
@@ -19,7 +19,6 @@ from deploy.nano.speech_bank import record
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "deploy" / "nano" / "checkpoint"
 SEED = 3_000_017
 CLEAR_DROP = 0.25
 # A word has ten frames or more and survives the loss of one; of 8 to 12 words one often does not.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +109,7 @@ def test_help_names_every_command() -> None:
     assert subprocess.run([sys.executable, "-m", "jobs"], capture_output=True).returncode == REFUSED
 
 
-def test_sigterm_ends_in_order_with_its_own_code(tmp_path: Path) -> None:
+def test_sigterm_ends_in_order_with_its_own_code() -> None:
     """Any command: here one that waits for a store that does not answer."""
     program = (
         "import os, signal, threading, time\n"
@@ -126,7 +125,6 @@ def test_sigterm_ends_in_order_with_its_own_code(tmp_path: Path) -> None:
     )
     ended = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ},
         capture_output=True,
         text=True,
         timeout=20,
