@@ -1,11 +1,13 @@
-"""Servers on loopback: S3 (moto, over HTTP) and scripted plain HTTP; Ray; the checkpoint."""
+"""Servers on loopback: S3 (moto, over HTTP) and scripted plain HTTP; Ray; the checkpoint; rights."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -181,3 +183,16 @@ def local_ray() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(fakes)
     yield
     ray.shutdown()
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Permissions do not bind root, and CI often is root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

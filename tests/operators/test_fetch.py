@@ -1,64 +1,21 @@
-"""Fetch against real files, an S3 server and an HTTP server: bytes, codes, attempts, limits."""
+"""Fetch against real files, an S3 server and other stores: bytes, codes, attempts, limits."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import without_root
+from fetching import answer, failure, fetch
 from fsspec import AbstractFileSystem
 from fsspec.registry import known_implementations, register_implementation
 
-from operators.errors import MediaError
-from operators.fetch import Fetch, FetchError, Ref
-from operators.settings import FetchSettings
-from operators.stores import StoreError, filesystem, redact, unsigned
+from operators.fetch import Ref
+from operators.stores import filesystem
 
 NAMES = ["a b/ü#1?.jpg", "x//y.jpg", "p%20q+r.jpg", "[1]{2}*.jpg", "a::b.jpg", "v?versionId=7.jpg"]
-
-
-def fetch(settings=None, options=None, **limits):
-    return Fetch(settings or FetchSettings(**limits), options or {})
-
-
-def failure(ref, options=None, **limits):
-    with pytest.raises(FetchError) as caught:
-        fetch(options=options, **limits)(ref)
-    return caught.value
-
-
-def answer(*bodies, status=200, length=True):
-    """A route that sends one body after the other, the last one for ever; an int is a status."""
-    left = list(bodies)
-
-    def route(handler):
-        body = left.pop(0) if len(left) > 1 else left[0]
-        code, data = (body, b"") if isinstance(body, int) else (status, body)
-        handler.send_response(code)
-        if length:
-            handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    return route
-
-
-@contextlib.contextmanager
-def without_root():
-    """Permissions do not bind root, and CI often is root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 # Local files
@@ -196,152 +153,7 @@ def test_one_fetch_serves_many_threads(s3):
     assert got == [b"x"] * 40
 
 
-# HTTP
-
-
-def test_http_gives_bytes_with_and_without_a_length(web):
-    web.routes["/a.jpg"] = answer(b"1234")
-    web.routes["/b.jpg"] = answer(b"1234", length=False)
-    for name in ("a.jpg?size=1", "b.jpg"):
-        assert fetch()(Ref(f"{web.url}/{name}")).data == b"1234"
-    assert web.asked == ["/a.jpg?size=1", "/b.jpg"]
-
-
-def test_http_stops_reading_at_the_limit(web):
-    sent = []
-
-    def endless(handler):
-        handler.send_response(200)
-        handler.end_headers()
-        with contextlib.suppress(OSError):
-            while True:
-                sent.append(handler.wfile.write(b"x" * 65536))
-
-    web.routes["/endless"] = endless
-    web.routes["/big"] = answer(b"x" * 1001)
-    assert failure(Ref(f"{web.url}/endless"), max_bytes=1000).code == "fetch.too_large"
-    assert failure(Ref(f"{web.url}/big"), max_bytes=1000).code == "fetch.too_large"
-    assert sum(sent) < 64 << 20
-
-
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [
-        (404, "fetch.not_found"),
-        (410, "fetch.not_found"),
-        (401, "fetch.forbidden"),
-        (403, "fetch.forbidden"),
-        (400, "fetch.unavailable"),
-    ],
-)
-def test_http_refusals_are_not_tried_again(web, status, code):
-    web.routes["/a"] = answer(status)
-    error = failure(Ref(f"{web.url}/a"))
-    assert (error.code, error.attempts, len(web.asked)) == (code, 1, 1)
-    assert f"HTTP {status}" in error.message
-
-
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_http_faults_that_pass_are_tried_again(web, status):
-    web.routes["/a"] = answer(status, b"1")
-    got = fetch()(Ref(f"{web.url}/a"))
-    assert (got.data, got.attempts) == (b"1", 2)
-
-
-def test_a_slow_server_costs_one_time_limit_an_attempt(web):
-    stop = threading.Event()
-    web.routes["/slow"] = lambda handler: stop.wait(10)
-    started = time.monotonic()
-    error = failure(Ref(f"{web.url}/slow"), timeout_s=0.2, attempts=2)
-    stop.set()
-    assert (error.code, error.attempts, len(web.asked)) == ("fetch.timeout", 2, 2)
-    assert time.monotonic() - started < 3
-
-
-def test_a_body_that_stalls_is_a_timeout(web):
-    stop = threading.Event()
-
-    def stall(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "100")
-        handler.end_headers()
-        handler.wfile.write(b"half")
-        stop.wait(10)
-
-    web.routes["/stall"] = stall
-    error = failure(Ref(f"{web.url}/stall"), timeout_s=0.3, attempts=1)
-    stop.set()
-    assert error.code == "fetch.timeout"
-
-
-def test_a_body_that_ends_early_is_tried_again(web):
-    turns = []
-
-    def cut(handler):
-        turns.append(1)
-        handler.send_response(200)
-        handler.send_header("Content-Length", "4")
-        handler.end_headers()
-        handler.wfile.write(b"1234" if len(turns) > 1 else b"12")
-
-    web.routes["/cut"] = cut
-    got = fetch()(Ref(f"{web.url}/cut"))
-    assert (got.data, got.attempts) == (b"1234", 2)
-
-
-def test_a_reset_connection_is_tried_again(web):
-    turns = []
-
-    def reset(handler):
-        turns.append(1)
-        if len(turns) <= 2:  # aiohttp itself repeats once, at no time
-            handler.connection.shutdown(socket.SHUT_RDWR)
-        else:
-            answer(b"1")(handler)
-
-    web.routes["/reset"] = reset
-    got = fetch()(Ref(f"{web.url}/reset"))
-    assert (got.data, got.attempts) == (b"1", 2)
-
-
-def test_nobody_listening_is_unavailable():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    error = failure(Ref(f"http://127.0.0.1:{port}/a"), attempts=2)
-    assert (error.code, error.attempts) == ("fetch.unavailable", 2)
-
-
-def test_http_ranges_need_a_server_that_knows_them(web):
-    def ranged(handler):
-        start, end = handler.headers["Range"].removeprefix("bytes=").split("-")
-        answer(b"0123456789"[int(start) : int(end) + 1], status=206)(handler)
-
-    web.routes["/ranged.tar"] = ranged
-    web.routes["/whole.tar"] = answer(b"0123456789")
-    ref = Ref(f"{web.url}/ranged.tar", offset=3, length=4)
-    assert fetch()(ref).data == b"3456"
-    error = failure(Ref(f"{web.url}/whole.tar", offset=3, length=4))
-    assert (error.code, error.attempts) == ("fetch.unavailable", 1)
-
-
-# URIs, options and errors
-
-
-@pytest.mark.parametrize("host", ["www..example.com", "a" * 64 + ".com", ".x"])
-def test_a_host_that_cannot_be_one_fails_the_row(web, host):
-    """IDNA's UnicodeError once ended the whole run."""
-
-    def send_on(handler):
-        handler.send_response(302)
-        handler.send_header("Location", f"http://{host}/x.jpg")
-        handler.end_headers()
-
-    web.routes["/moved"] = send_on
-    for uri in (f"http://{host}/x.jpg", f"{web.url}/moved"):
-        error = failure(Ref(uri))
-        assert (error.code, error.attempts) == ("fetch.not_found", 1)
-        assert error.message.endswith("no valid host name")
+# Other stores, options and errors
 
 
 def test_other_stores_are_read_too():
@@ -385,12 +197,6 @@ def test_whatever_an_unknown_store_raises_fails_the_row(monkeypatch):
     assert error.message == "blockstore://x/y.jpg: refused"
 
 
-def test_a_wrong_storage_option_is_named_but_not_its_value():
-    with pytest.raises(StoreError, match="no option secrret") as caught:
-        filesystem("s3://bucket/a", {"secrret": "hunter2"})
-    assert "hunter2" not in str(caught.value)
-
-
 def test_options_may_be_keyed_by_scheme_and_s3_secrets_stay_with_s3(s3, web):
     seen = []
 
@@ -407,69 +213,6 @@ def test_options_may_be_keyed_by_scheme_and_s3_secrets_stay_with_s3(s3, web):
     assert fetch(options=s3.options)(Ref(f"{web.url}/a")).data == b"1"
     assert seen[0]["X-Who"] == "me"
     assert "test-secret" not in str(seen)
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("https://me:hunter2@host:8080/a@b.jpg", "https://***@host:8080/a@b.jpg"),
-        ("https://me:hunter@2@host/a.jpg", "https://***@host/a.jpg"),
-        ("http://127.0.0.1:8080/a@b.jpg", "http://127.0.0.1:8080/a@b.jpg"),
-        ("https://host/a.jpg?X-Amz-Signature=hunter2#x", "https://host/a.jpg?***"),
-        ("s3://KEY:hun/ter2@bucket/a?.jpg", "s3://***@bucket/a?.jpg"),
-        ("s3://bucket/a b/ü#1?.jpg", "s3://bucket/a b/ü#1?.jpg"),
-        ("/data/a?b#c@d.jpg", "/data/a?b#c@d.jpg"),
-        ("tar://m?.jpg::https://u:p@host/s.tar?sig=x", "tar://m?.jpg::https://***@host/s.tar?***"),
-    ],
-)
-def test_messages_show_the_uri_without_credentials(uri, shown):
-    assert redact(uri) == shown
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("https://u:p@host/a.jpg?id=1&key=b", "https://host/a.jpg?id=1&key=b"),
-        ("https://u:p@ss@host/a.jpg", "https://host/a.jpg"),
-        ("tar://m.jpg::https://u:p@host/s@1.tar", "tar://m.jpg::https://host/s@1.tar"),
-        ("https://host/a?X-Amz-Date=1&w=2&X-Amz-Signature=3", "https://host/a?w=2"),
-        ("https://host/a?sv=1&sig=2", "https://host/a"),
-        ("s3://KEY:hun/ter2@bucket/a@2x.jpg", "s3://bucket/a@2x.jpg"),
-        (
-            "tar://m?.jpg::https://u:p@h/s.tar?X-Amz-Signature=x&w=1",
-            "tar://m?.jpg::https://h/s.tar?w=1",
-        ),
-    ],
-)
-def test_results_show_the_uri_without_what_signs_it(uri, shown):
-    assert unsigned(uri) == shown
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "s3://bucket/a?sig=1.jpg",
-        "s3://bucket/me@corp/a@2x.jpg",
-        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/raw/a@2x.jpg",
-        "abfs://raw@account.dfs.core.windows.net/a.jpg",
-        "/home/me@corp/x://y@z.jpg",
-        "tar://icon@2x.png::/s.tar",
-        "tar://1.jpg::/home/me@corp/s.tar",
-        "tar://1.jpg::s3://bucket/set@v2.tar",
-    ],
-)
-def test_an_at_sign_in_a_name_is_no_users(uri):
-    assert unsigned(uri) == uri
-
-
-def test_errors_name_no_credentials_and_survive_pickling(web):
-    uri = f"{web.url.replace('//', '//me:hunter2@')}/a.jpg?sig=hunter3"
-    error = failure(Ref(uri), {"headers": {"Authorization": "hunter4"}})
-    assert "hunter" not in error.message
-    assert "***@127.0.0.1" in error.message
-    again = pickle.loads(pickle.dumps(error))
-    assert isinstance(again, MediaError)
-    assert (again.code, again.message, again.attempts) == ("fetch.not_found", error.message, 1)
 
 
 def test_fetch_pickles(tmp_path):
