@@ -9,28 +9,17 @@ import pickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from listing import listed, refused
 
 from operators.fetch import Fetch, FetchError, Ref
 from operators.settings import FetchSettings
 from pipeline.config import InputConfig
-from pipeline.source import Source, SourceError
+from pipeline.source import Source
 
 ROWS = [
     {"uri": "a b.jpg", "id": "007", "topic": "Ärzte", "v": "1"},
     {"uri": "sub/../b.jpg", "id": "8", "topic": "", "v": "2"},
 ]
-
-
-def listed(uri, **given):
-    asked = Source(InputConfig(uri=str(uri), **given), "image", frozenset({".jpg"}))
-    rows = [row for batch in asked.batches() for row in batch.to_pylist()]
-    return rows, dict(asked.skipped)
-
-
-def refused(uri, **given):
-    with pytest.raises(SourceError) as caught:
-        listed(uri, **given)
-    return str(caught.value)
 
 
 def as_csv(rows):

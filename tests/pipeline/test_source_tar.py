@@ -6,13 +6,11 @@ import io
 import tarfile
 
 import pytest
+from listing import listed, source
 
 from operators.fetch import Fetch, Ref
 from operators.settings import FetchSettings
-from pipeline.config import InputConfig
-from pipeline.source import Source, SourceError
-
-IMAGES = frozenset({".jpg"})
+from pipeline.source import SourceError
 
 
 def tar(*files, end=True, form=tarfile.PAX_FORMAT):
@@ -25,12 +23,6 @@ def tar(*files, end=True, form=tarfile.PAX_FORMAT):
             archive.addfile(member, io.BytesIO(data))
         size = archive.offset
     return whole.getvalue() if end else whole.getvalue()[:size]
-
-
-def listed(uri, **given):
-    asked = Source(InputConfig(uri=str(uri), **given), "image", IMAGES)
-    rows = [row for batch in asked.batches() for row in batch.to_pylist()]
-    return rows, dict(asked.skipped)
 
 
 def fetched(row, options=None):
@@ -126,7 +118,7 @@ def test_a_reader_that_stops_early_leaves_no_thread_behind(tmp_path):
     for shard in range(10):
         files = [(f"{number}.jpg", b"") for number in range(2000)]
         (tmp_path / f"{shard}.tar").write_bytes(tar(*files))
-    batches = Source(InputConfig(uri=f"{tmp_path}/*.tar"), "image", IMAGES).batches()
+    batches = source(f"{tmp_path}/*.tar").batches()
     assert next(batches).num_rows == 256
     batches.close()  # would wait for ever for a thread that waits to be read
 
@@ -193,7 +185,7 @@ NAMED_AGAIN = header("x", 2, tarfile.GNUTYPE_LONGNAME) + b"a".ljust(512, b"\0")
 def test_a_header_that_lies_becomes_a_row_for_the_rest(tmp_path, lie):
     path = tmp_path / "s.tar"
     path.write_bytes(tar(("1.jpg", b"one"), end=False) + lie + tar(("3.jpg", b"three")))
-    batches = Source(InputConfig(uri=str(path)), "image", IMAGES).batches()
+    batches = source(path).batches()
     first = next(batches).to_pylist()  # of a listing without end it is 256 rows
     assert [row["uri"] for row in first] == [f"tar://1.jpg::{path}", str(path)]
     assert list(batches) == []
