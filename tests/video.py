@@ -1,4 +1,4 @@
-"""Test videos whose pictures show their own number, made here with ffmpeg."""
+"""Test videos whose pictures show their own number, made here with ffmpeg, and their pictures decoded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from operators.decode_video import Frame, Missing, decode_frames
+from operators.probe_video import VideoFacts, probe_video
+from operators.settings import VideoSettings
+
 Pixels = npt.NDArray[np.uint8]
 
 # 12 bits in 4 x 3 blocks of 48 px
 COLUMNS, ROWS, BLOCK = 4, 3, 48
 WIDTH, HEIGHT = COLUMNS * BLOCK, ROWS * BLOCK
 FPS = 25
+SETTINGS = VideoSettings(timeout_s=60)
 
 
 def numbered(number: int, width: int = WIDTH, height: int = HEIGHT) -> Pixels:
@@ -110,3 +115,18 @@ FORMATS = {
     "prores.mov": ("-c:v", "prores_ks", "-profile:v", "0", "-pix_fmt", "yuv422p10le"),
     "a.mxf": ("-c:v", "mpeg2video", "-q:v", "3", "-g", "15"),
 }
+
+
+def decode(
+    path: Path,
+    times_s: list[float],
+    settings: VideoSettings = SETTINGS,
+    size: tuple[int, int] | None = None,
+) -> tuple[VideoFacts, list[Frame | Missing]]:
+    facts = probe_video(str(path), settings)
+    return facts, decode_frames(str(path), facts, times_s, settings, size)
+
+
+def only(found: list[Frame | Missing]) -> list[Frame]:
+    assert all(isinstance(one, Frame) for one in found), found
+    return [one for one in found if isinstance(one, Frame)]

@@ -346,7 +346,7 @@ def test_a_plan_of_another_file_and_a_prompt_without_room(tmp_path: Path) -> Non
     assert rows[0]["error_code"] == "prepare.too_long"
 
 
-def test_no_rows_pickles_and_no_torch(tmp_path: Path) -> None:
+def test_no_rows_pickles_and_no_torch() -> None:
     media = pickle.loads(pickle.dumps(stage()))
     assert media(PLAN.empty_table()).equals(PREPARED.empty_table())
 

@@ -121,9 +121,7 @@ def test_a_segment_of_large_frames_is_not_held_whole(large: Path, prompt: VideoP
     assert parts["error_message"] is None
 
 
-def test_a_file_that_ends_early_names_its_gaps(
-    numbered: Path, prompt: VideoPrompt, tmp_path: Path
-) -> None:
+def test_a_file_that_ends_early_names_its_gaps(prompt: VideoPrompt, tmp_path: Path) -> None:
     data = numbered_video(tmp_path / "a.mkv", 40 * FPS, *X264, "-g", "30", fps=FPS).read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(data[: len(data) // 2])
