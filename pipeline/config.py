@@ -109,7 +109,7 @@ class InputConfig(Settings):
 
 
 class OutputConfig(Settings):
-    """The folder that DESIGN calls OUTPUT."""
+    """Where a run writes: a folder a fingerprint, and latest.json beside them."""
 
     uri: str = Field(min_length=1)
     storage_options: dict[str, Any] = Field(default_factory=dict)

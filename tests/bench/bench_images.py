@@ -35,7 +35,7 @@ from operators.prepare_image import media_hash  # noqa: E402
 from operators.settings import ImageSettings  # noqa: E402
 
 SIZES = [(640, 480), (1920, 1080), (4000, 3000)]
-# after decode, on one core: the goal
+# after decode, on one core
 GOAL_MS = {(640, 480): 1.5, (1920, 1080): 3.0, (4000, 3000): 9.0}
 
 ROWS = [
