@@ -110,9 +110,13 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.source import SourceError
     from pipeline.verify import verify
 
-    problems, accounts = verify(options.output, options.storage_options)
+    try:
+        problems, accounts = verify(options.output, options.storage_options)
+    except SourceError as error:
+        return _refuse(str(error))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

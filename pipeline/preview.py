@@ -20,15 +20,16 @@ from pipeline.config import Job
 from pipeline.plan import make_plan, scratch
 from pipeline.progress import listing
 from pipeline.prompts import job_prompts
-from pipeline.run import folder_store, new_run_id
+from pipeline.run import folder_store, look_at_output, new_run_id
 
 # Headers that are read for the estimate of tokens, and how much of each file.
 SAMPLE_FILES, HEADER_BYTES = 32, 256 << 10
 
 
 def preview(job: Job, console: Console) -> None:
-    """Print counts, tokens and shares of a run. Raises SourceError as a run would."""
+    """Print counts, tokens and shares of a run. Raises what a run would."""
     say = partial(console.print, highlight=False)
+    look_at_output(job)
     with scratch() as db, cluster(job.limits.wait_for_workers_s, say) as connect:
         plan = make_plan(job, db, folder_store(job), new_run_id(), connect, listing(console))
         console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)

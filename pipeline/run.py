@@ -25,7 +25,7 @@ from rich.console import Console
 
 from operators.prompts import Prompts
 from operators.requests import TextEngine
-from operators.stores import redact
+from operators.stores import StoreError, classify, reason, redact
 from pipeline import ledger
 from pipeline.assemble import (
     RESULTS_FOLDER,
@@ -36,9 +36,17 @@ from pipeline.assemble import (
     reconcile,
     write_marker,
 )
-from pipeline.cluster import Connect, Say, await_nodes, broken_run, cluster, cluster_nodes
+from pipeline.cluster import (
+    BrokenRunError,
+    Connect,
+    Say,
+    await_nodes,
+    broken_run,
+    cluster,
+    cluster_nodes,
+)
 from pipeline.compute import compute
-from pipeline.config import Job
+from pipeline.config import ConfigError, Job
 from pipeline.graph import (
     SINK_CPUS,
     MediaStage,
@@ -54,9 +62,16 @@ from pipeline.progress import Progress, Reporter, listing, open_tally, shown
 from pipeline.prompts import job_prompts
 from pipeline.report import write_latest, write_report, write_run
 from pipeline.source import SourceError
+from pipeline.source_rows import listing_faults
 from pipeline.store import Store
 from pipeline.strikes import open_book
 from pipeline.summaries import SUMMARIES, tell
+
+OUTPUT_ADVICE = {
+    "fetch.not_found": "does not exist; check the spelling, the bucket and the endpoint",
+    "fetch.forbidden": "may not be used; check the credentials and their rights to list, read, write and"
+    " delete",
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Fini
     started = time.monotonic()
     run_id = new_run_id()
     say: Say = partial(console.print, highlight=False)
+    look_at_output(job)
     with (
         _leased(job, run_id, say) as leased,
         cluster(job.limits.wait_for_workers_s, say) as connect,
@@ -116,7 +132,8 @@ def _attempt(
         console.print(plan.line(), highlight=False)
         reading: dict[str, float] = {}
         if plan.spans_todo:
-            write_run(leased, job, run_id, "running", versions(), None)
+            with output_faults(job):
+                write_run(leased, job, run_id, "running", versions(), None)
             connect()
             reading = _work(job, folder, leased, db, plan, console, engine)
         reconcile(db)
@@ -164,8 +181,8 @@ def _work(
         say: Say = partial(console.print, highlight=False)
         nodes = await_nodes("GPU", shares.engines, job.limits.wait_for_workers_s, say)
         shares = compute(job, nodes, plan.spans_todo)
-    for reason in (*shares.reasons, *shares.warnings):
-        console.print(f"  {reason}", highlight=False)
+    for line in (*shares.reasons, *shares.warnings):
+        console.print(f"  {line}", highlight=False)
     tally, book = open_tally(), open_book()
     reporter = Reporter(tally)
     progress = Progress(plan.spans_todo, job.engine.max_num_seqs, shares.engines)
@@ -210,6 +227,34 @@ def _end(job: Job, folder: LeasedStore, assembly: Assembly) -> None:
         write_latest(Store(job.output.uri, job.output.storage_options), job, marker["run_id"])
     if plan := folder.names(PLAN_FOLDER):
         folder.delete(plan)
+
+
+def look_at_output(job: Job) -> None:
+    """Before the input is listed, which may take long. Raises ConfigError or BrokenRunError."""
+    with output_faults(job):
+        folder_store(job).names(PLAN_FOLDER)
+
+
+@contextmanager
+def output_faults(job: Job) -> Iterator[None]:
+    """What the output's store says to a first look or a first write, for people.
+
+    Raises ConfigError, or BrokenRunError where the store may say something else later.
+    """
+    uri = job.output.uri
+    try:
+        yield
+    except listing_faults(uri) as error:
+        if isinstance(error, StoreError):
+            raise ConfigError(f"output: {error}") from error
+        where, why = f"output.uri: {redact(uri)}", reason(error)
+        code, again = classify(error)
+        if again:
+            message = f"{where}: cannot be used now ({why}). Put it right and run the job again"
+            raise BrokenRunError(message) from error
+        raise ConfigError(
+            f"{where}: {OUTPUT_ADVICE.get(code, 'cannot be used')} ({why})"
+        ) from error
 
 
 def folder_store(job: Job) -> Store:

@@ -19,7 +19,7 @@ from pipeline.job_file import load_job
 from pipeline.parts import parquet_bytes
 from pipeline.plan import EXTENSIONS
 from pipeline.references import EvaluateError, Reference, References, matched
-from pipeline.run import Finished
+from pipeline.run import Finished, output_faults
 from pipeline.source import Source
 from pipeline.store import Store
 
@@ -69,7 +69,8 @@ def sweep(
     folder = f"{first.output.uri.rstrip('/')}/sweep"
     data = parquet_bytes(manifest)
     name = f"sample-{manifest.num_rows}-{hashlib.sha256(data).hexdigest()[:8]}.parquet"
-    Store(folder, first.output.storage_options).write(name, data)
+    with output_faults(first):
+        Store(folder, first.output.storage_options).write(name, data)
     tried: list[Tried] = []
     with TemporaryDirectory(prefix="polyscribe-") as local:
         # The input's options may not open the output's store: the run reads its list from here.

@@ -16,6 +16,7 @@ from operators.schema import FAILED, RESULTS
 from pipeline import ledger
 from pipeline.assemble import FAILURES_FOLDER, MARKER, RESULTS_FOLDER, read_marker
 from pipeline.plan import scratch
+from pipeline.source_rows import listing_faults, refusal
 from pipeline.store import Store
 
 
@@ -24,15 +25,18 @@ def verify(uri: str, storage_options: Mapping[str, Any]) -> tuple[list[str], dic
 
     Checks that each listed part has its bytes, rows and columns, that nothing stands beside them, that
     no asset comes twice, that the ledger has every result's spans, and that the accounts close.
+    Raises SourceError where the store says nothing.
     """
-    root = Store(uri, storage_options)
+    folder = Store(uri, storage_options)
     try:
-        fingerprint = json.loads(root.read("latest.json"))["fingerprint"]
-    except FileNotFoundError:
-        folder = root
-    else:
-        folder = Store(f"{uri.rstrip('/')}/{fingerprint}", storage_options)
-    marker = read_marker(folder)
+        try:
+            fingerprint = json.loads(folder.read("latest.json"))["fingerprint"]
+            folder = Store(f"{uri.rstrip('/')}/{fingerprint}", storage_options)
+        except FileNotFoundError:
+            pass  # it is OUTPUT/<fingerprint>
+        marker = read_marker(folder)
+    except listing_faults(uri) as error:
+        raise refusal(uri, error) from error
     if marker is None:
         return [f"{folder.url(MARKER)} is missing: no run has finished here"], {}
     with scratch() as db:

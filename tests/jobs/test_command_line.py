@@ -10,6 +10,7 @@ import media
 import pytest
 import ray
 import yaml
+from conftest import S3Server
 from PIL import Image
 
 from jobs.__main__ import main
@@ -76,6 +77,49 @@ def test_an_input_without_files_is_refused(
     assert f"listing {void}" in said.out
     assert "no file matches" in said.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_an_output_that_cannot_be_used_is_refused_before_the_input_is_listed(
+    job: Path, command: str, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(uri: str, code: int = REFUSED, **options: object) -> str:
+        given = {"uri": uri, "storage_options": options}
+        assert main([command, str(job), "--set", f"output={yaml.safe_dump(given)}"]) == code
+        said = capsys.readouterr()
+        assert not said.out
+        return said.err
+
+    bucket = s3.bucket()
+    missing = refused("s3://no-such-bucket/out", **s3.options)
+    assert "output.uri: s3://no-such-bucket/out: does not exist; check the spelling" in missing
+    assert "output: s4://b/out/" in refused("s4://b/out")
+    assert "no option bogus" in refused(bucket, **s3.options, bogus=1)
+    assert "output.uri: " in refused(f"{job}/out")  # below a file
+    s3.fault = lambda *asked: (403, "AccessDenied")
+    assert "may not be used; check the credentials" in refused(bucket, **s3.options)
+    s3.fault = lambda *asked: (400, "ExpiredToken")
+    assert "(HTTP 400 ExpiredToken)" in refused(bucket, **s3.options)
+
+
+def test_an_output_that_may_only_be_read_is_refused_at_the_first_write(
+    job: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"uri": s3.bucket(), "storage_options": s3.options}
+    s3.fault = lambda method, *asked: (403, "AccessDenied") if method == "PUT" else None
+    assert main(["run", str(job), "--set", f"output={yaml.safe_dump(given)}"]) == REFUSED
+    assert "may not be used; check the credentials" in capsys.readouterr().err
+
+
+def test_a_store_that_refuses_is_no_output_that_is_not_whole(
+    s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket, options = s3.bucket(), yaml.safe_dump(s3.options, default_flow_style=True)
+    s3.fault = lambda *asked: (403, "AccessDenied")
+    assert main(["verify", bucket, "--storage-options", options]) == REFUSED
+    assert f"{bucket}: may not be read; check the credentials" in capsys.readouterr().err
+    assert main(["verify", "s4://b/out"]) == REFUSED
+    assert "unknown scheme s4://" in capsys.readouterr().err
 
 
 def test_an_output_that_no_run_finished_is_not_whole(

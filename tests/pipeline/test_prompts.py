@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster import BrokenRunError
 from pipeline.config import ConfigError, Job
 from pipeline.prompts import job_prompts
 
@@ -39,3 +40,16 @@ def test_a_checkpoint_without_the_medium_is_refused(nano: Path, tmp_path: Path) 
         (tmp_path / file.name).write_text(file.read_text())
     with pytest.raises(ConfigError, match=r"^model: .*model\.render: engine"):
         job_prompts(job(tmp_path))
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_and_a_silent_hub_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.id: /no/where: no folder here, and at revision main"
+    ):
+        job_prompts(job(Path("/no/where")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(BrokenRunError, match=r"model\.id: nobody/none: We couldn't connect"):
+        job_prompts(job(Path("nobody/none")))
