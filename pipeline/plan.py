@@ -24,9 +24,10 @@ import duckdb
 import pyarrow as pa
 
 from operators.schema import FOUND, PLAN
-from operators.tracks import IMAGE, SUMMARY
+from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.cluster import Connect
+from pipeline.compute import Lengths
 from pipeline.config import Job
 from pipeline.divide import divide_files
 from pipeline.parts import batches, parquet_bytes, tables
@@ -67,6 +68,8 @@ class Plan:
     skipped: dict[str, int]
     spans: int
     spans_todo: int
+    # of spans_todo; None for images, and where nothing of it could be probed
+    lengths: Lengths | None
 
     def line(self) -> str:
         """Counts for people."""
@@ -74,6 +77,8 @@ class Plan:
             f"{self.assets:,} assets ({self.bytes / 1e6:,.1f} MB), {self.spans:,} spans,"
             f" {self.spans_todo:,} to do"
         )
+        if self.lengths:
+            text += f" ({self.lengths.total_s / 3600:,.1f} hours)"
         if self.duplicates:
             text += f"; {self.duplicates:,} duplicate rows counted once"
         for reason, count in sorted(self.skipped.items()):
@@ -165,7 +170,19 @@ def make_plan(
         skipped=dict(skipped),
         spans=before + spans,
         spans_todo=todo,
+        lengths=lengths(db),
     )
+
+
+def lengths(db: duckdb.DuckDBPyConnection) -> Lengths | None:
+    """Of the spans in `todo`; of a video's, what its pictures take in all and on average."""
+    total_s, mean_s, longest_s = db.execute(
+        f"""SELECT sum(seconds) FILTER (own), avg(seconds) FILTER (own), max(seconds) FROM (
+            SELECT span_end_s - span_start_s AS seconds, modality = 'audio' OR track = '{FRAMES}' AS own
+            FROM todo
+        )"""
+    ).fetchall()[0]
+    return Lengths(total_s, mean_s, longest_s) if total_s else None
 
 
 def write_plan(

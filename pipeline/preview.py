@@ -42,7 +42,7 @@ def preview(job: Job, console: Console) -> None:
         connect()
         pixels = statistics.fmean(width * height for width, height in sizes) if sizes else None
         megapixels = None if pixels is None else pixels / 1e6
-        shares = compute(job, cluster_nodes(), plan.spans_todo, megapixels)
+        shares = compute(job, cluster_nodes(), plan.spans_todo, megapixels, plan.lengths)
     for reason in (*shares.reasons, *shares.warnings):
         console.print(reason, highlight=False)
 

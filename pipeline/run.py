@@ -176,11 +176,11 @@ def _work(
     engine: EngineFactory,
 ) -> dict[str, float]:
     prompts = job_prompts(job)
-    shares = compute(job, cluster_nodes(), plan.spans_todo)
+    shares = compute(job, cluster_nodes(), plan.spans_todo, lengths=plan.lengths)
     if shares.engine_gpus:  # there may be none yet, and the shares go by what a GPU node has
         say: Say = partial(console.print, highlight=False)
         nodes = await_nodes("GPU", shares.engines, job.limits.wait_for_workers_s, say)
-        shares = compute(job, nodes, plan.spans_todo)
+        shares = compute(job, nodes, plan.spans_todo, lengths=plan.lengths)
     for line in (*shares.reasons, *shares.warnings):
         console.print(f"  {line}", highlight=False)
     tally, book = open_tally(), open_book()

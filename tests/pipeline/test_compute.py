@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.compute import Compute, Node, compute
+from pipeline.compute import Compute, Lengths, Node, compute
 from pipeline.config import ConfigError, Job
 
 
@@ -191,6 +191,47 @@ def test_a_videos_window_has_no_more_than_its_frames() -> None:
     # the default samples fewer frames than its windows might have
     usual = compute(job(task="describe-video"), [Node(64, 1, STORE)], 1000)
     assert usual.calls_per_engine == min(81, int(STORE / 8 / (120 * 70 * 6912)))
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "longest_bytes"),
+    [("transcribe", 64, 300 * 16_000 * 4), ("describe-video", 13, 120 * 70 * 6912)],
+)
+def test_short_recordings_and_videos_keep_the_engine_full(
+    task: str, rows: int, longest_bytes: int
+) -> None:
+    """As rows of the longest span they kept 13 of 256 sequences busy, in a block each."""
+    nodes = [HEAD, *[Node(16, 0, 9e9)] * 8, Node(0, 1, 13e9)]
+    short = Lengths(total_s=5e6, mean_s=5.0, longest_s=5.0)
+    got = compute(job(task=task), nodes, 10**6, lengths=short)
+    assert got.rows_per_block == rows
+    assert got.calls_per_engine * rows > 256
+    # One long file among them: a block must hold that, and as many are in flight as there is memory for.
+    mixed = Lengths(total_s=5e6, mean_s=5.0, longest_s=300.0)
+    got = compute(job(task=task), nodes, 10**6, lengths=mixed)
+    assert got.rows_per_block == 1
+    assert got.calls_per_engine == int(13e9 / 4 / longest_bytes)
+
+
+def test_long_ones_are_as_before() -> None:
+    """Spans of the full length, and a rest."""
+    nodes = [HEAD, *[Node(16, 0, 9e9)] * 8, Node(0, 1, 13e9)]
+    for task, span_s in (("transcribe", 300.0), ("describe-video", 120.0)):
+        long = Lengths(total_s=1e9, mean_s=span_s - 5, longest_s=span_s + 3)
+        got, before = (compute(job(task=task), nodes, 10**6, lengths=one) for one in (long, None))
+        assert (got.rows_per_block, got.calls_per_engine) == (
+            before.rows_per_block,
+            before.calls_per_engine,
+        )
+
+
+def test_gpus_are_worth_what_the_recordings_take_and_not_what_their_spans_might() -> None:
+    """2,000 clips of 5 s are half a minute of one GPU: three were started for 10 minutes each."""
+    elastic = job(task="transcribe", resources={"accelerator": "gpu", "engines": 8})
+    clips = Lengths(total_s=10_000.0, mean_s=5.0, longest_s=5.0)
+    assert compute(elastic, [HEAD, Node(64, 0)], 2000, lengths=clips).engines == 1
+    hours = Lengths(total_s=2000 * 300.0, mean_s=300.0, longest_s=300.0)
+    assert compute(elastic, [HEAD, Node(64, 0)], 2000, lengths=hours).engines == 3
 
 
 def test_the_object_store_of_nodes_to_come_counts() -> None:
