@@ -122,7 +122,11 @@ def read_index(
     for reach_s in REACHES_S:
         if not reach_s and not facts.seeks_to_keys:
             continue
-        lacking = [pair for pair in stretches_s if not _reaches(found, pair[0], facts)]
+        lacking = [
+            pair
+            for pair in stretches_s
+            if not (_reaches(found, pair[0], facts) or _is_before_all(found, pair[0], facts))
+        ]
         if not lacking or time.monotonic() > ends:
             break
         behind_s = _margin_s(facts) + (reach_s if read else 0.0)
@@ -151,6 +155,15 @@ def _reaches(index: FrameIndex, start_s: float, facts: VideoFacts) -> bool:
     # a seek by times of decoding may land at a key frame that is shown later
     begins_us = round((facts.start_s + facts.origin_s) * US) + index.edge_us
     return bool(index.shown_us[place] <= max(time_us, begins_us))
+
+
+def _is_before_all(index: FrameIndex, start_s: float, facts: VideoFacts) -> bool:
+    """Whether no picture at a time can be decoded, wherever one looks: the file was read up to it from its
+    start on, and has no key frame there. Its pictures start late, or between two key frames.
+    """
+    time_us = round((start_s + facts.origin_s) * US)
+    read = any(first == -MOST_US and time_us < last for first, last in index.read_us)
+    return read and not np.any(index.shown_us[index.key] <= time_us)
 
 
 def _joined(stretches_s: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from video import (
 
 from operators.decode_video import Frame, Missing, decode_frames
 from operators.errors import MediaError
+from operators.frame_index import read_index
 from operators.probe_video import probe_video
 from operators.settings import VideoSettings
 
@@ -155,6 +157,29 @@ def test_a_stream_that_starts_late(tmp_path: Path, name: str) -> None:
     assert facts.start_s == pytest.approx(3.2, abs=0.05)
     for time_s, frame in zip([3.3, 5.0, 7.1], only(found), strict=True):
         assert abs(number_of(frame.pixels) / FPS + facts.start_s - time_s) < 1.5 * TICK_S
+
+
+@pytest.mark.parametrize("name", ["late.mkv", "late.ts"])
+def test_nothing_far_away_is_read_for_a_time_before_the_first_picture(
+    tmp_path: Path, name: str
+) -> None:
+    """Sound often begins half a second earlier. No wider look finds a picture there, and one of an hour
+    to both sides reads gigabytes, for the first span of each such file."""
+    plain = numbered_video(tmp_path / "plain.mp4", 20 * FPS, *X264, "-g", "25", "-bf", "0")
+    path = tmp_path / name
+    subprocess.run(
+        [
+            *("ffmpeg", "-v", "error", "-f", "lavfi", "-i", "sine=d=20", "-itsoffset", "0.5"),
+            *("-i", str(plain), "-map", "1:v", "-map", "0:a", "-c:v", "copy", str(path)),
+        ],
+        check=True,
+    )
+    facts = probe_video(str(path), SETTINGS)
+    assert facts.start_s == pytest.approx(0.5, abs=0.05)
+    index = read_index(str(path), facts, [(0.0, 1.0)], SETTINGS, time.monotonic() + 60)
+    seconds = index.shown_us / 1e6 - facts.origin_s
+    assert seconds[0] == pytest.approx(0.5, abs=0.05)
+    assert 1.0 <= seconds[-1] < 3.0
 
 
 def test_an_edit_list_that_cuts_the_start_off(tmp_path: Path) -> None:
