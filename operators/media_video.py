@@ -27,6 +27,9 @@ from operators.stitch import Heard, clock, named
 
 # Of whole pictures held at once: 86 of 1920x1080, 21 of 3840x2160, 5 of 7680x4320.
 MOST_PIXEL_BYTES = 1 << 29
+# A slide of a talk may have come minutes before its segment, whose frames would all have that one time.
+# Times in a prompt are whole seconds: less makes no difference.
+STANDING_S = 1.0
 
 
 class PrepareFrames:
@@ -114,11 +117,18 @@ class PrepareFrames:
         width, height = facts.display_size
         budget = self._video.max_soft_tokens
         return [
-            Frame(one.time_s, fit(one.pixels, budget, (height, width)))
+            Frame(self._seen_s(one, time_s), fit(one.pixels, budget, (height, width)))
             if isinstance(one, Frame)
             else one
-            for one in decoded
+            for one, time_s in zip(decoded, times_s, strict=True)
         ]
+
+    def _seen_s(self, frame: Frame, time_s: float) -> float:
+        """The picture's own time, or the moment where it has been standing for long. A key frame next to
+        the moment need not be what is shown then.
+        """
+        stands = self._video.exact_times and time_s - frame.time_s >= STANDING_S
+        return time_s if stands else frame.time_s
 
     def _size(self, facts: VideoFacts) -> tuple[int, int]:
         """(width, height) of the decoder's pictures."""

@@ -97,6 +97,25 @@ def test_windows_hold_the_frames_of_their_segments(
     assert row["error_message"] is None
 
 
+def test_frames_of_a_picture_that_stands_have_the_times_at_which_it_is_seen(
+    tmp_path: Path, prompt: VideoPrompt
+) -> None:
+    """As in a recorded talk: its own time is that of another segment."""
+    expression = "if(lt(N,20),N/10,24+(N-20)/10)/TB"
+    path = numbered_video(
+        *(tmp_path / "slide.mkv", 40, "-vf", f"settb=1/1000,setpts='{expression}'"),
+        *("-fps_mode", "passthrough", "-enc_time_base", "1/1000", *X264, "-g", "10"),
+        fps=FPS,
+    )
+    (row,) = run(path, prompt, VideoSettings(segment="fixed", max_s=8, min_s=1))
+    assert numbers(row, 0) == [5, 15, 19, 19, 19, 19, 19, 19]
+    assert numbers(row, 1) == [19] * 8
+    for window, times_s in enumerate(
+        ([0, 1, 1, 3, 4, 5, 6, 7], range(8, 16), range(16, 24), [24, 25])
+    ):
+        assert row["window_tokens"][window] == prompt.window(COLUMNS * ROWS, times_s)
+
+
 def test_many_large_frames_are_decoded_some_at_a_time(numbered: Path, prompt: VideoPrompt) -> None:
     video = VideoSettings(segment="fixed", max_s=4, min_s=1)
     (whole,) = run(numbered, prompt, video)
