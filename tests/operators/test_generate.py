@@ -107,7 +107,7 @@ def test_speech_that_gave_no_words_is_asked_again_in_halves() -> None:
     said = [answer["text"] for answer in out["window_answers"]]
     # the second window is parted in its pause; its first half is still too long, and adds no words
     assert said == ["1 seconds 1 seconds", "1 seconds", "1 seconds"]
-    assert engine.asked == [50, 76, 25, 25, 25, 50, 26]
+    assert engine.asked == [50, 76, 25, 25, 25, 51, 25]
     assert [answer["media_tokens"] for answer in out["window_answers"]] == [100, 152, 25]
 
 
