@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -27,6 +28,9 @@ MOST_S = 30 * 86_400.0
 FROM_ZERO = frozenset({"mov", "mp4", "m4a", "matroska", "webm"})
 # One coded frame behind the other, without a container.
 UNTIMED = frozenset({"aac", "ac3", "amr", "dts", "eac3", "loas", "mlp", "mp3", "truehd"})
+# So many files are not read through again for each of their spans: FLV, films of older mkvmerge and
+# recordings of browsers do not say how long their sound is, and a film has 24 spans and 10 GB.
+REMEMBERED = 64
 # ffprobe guesses from the bit rate where no header says how long the file is.
 GUESSED = "Estimating duration from bitrate"
 ENTRIES = (
@@ -140,7 +144,15 @@ def read_header(path: str, settings: AudioSettings | VideoSettings, entries: str
 
 
 def count_packets(path: str, settings: AudioSettings | VideoSettings, stream: str) -> float:
-    """Where the last packet ends, from the first timestamp. Reads all of it, decodes nothing."""
+    """Where the last packet ends, from the first timestamp. Reads all, decodes nothing, remembers."""
+    status = os.stat(path)
+    return _counted_s(path, (status.st_size, status.st_mtime_ns), settings, stream)
+
+
+@lru_cache(REMEMBERED)
+def _counted_s(
+    path: str, version: tuple[int, int], settings: AudioSettings | VideoSettings, stream: str
+) -> float:
     args = (
         ffmpeg.input(f"file:{path}", format_whitelist=FORMATS, protocol_whitelist=PROTOCOLS)
         .output("pipe:", format="null", map=stream, c="copy")

@@ -18,6 +18,7 @@ import numpy as np
 from operators.errors import MediaError
 from operators.ffmpeg_child import INPUT, run
 from operators.probe import (
+    REMEMBERED,
     count_packets,
     end_s,
     has_sound,
@@ -46,8 +47,6 @@ RESTART_S = 1.0
 OUTLIERS = 2
 # The picture that is shown last is among so many that are decoded last.
 MOST_REORDER = 16
-# So many files are not read through again for each of their spans: 1.8 s of CPU a gigabyte.
-REMEMBERED = 64
 MOST_PACKET_BYTES = 256 << 20
 # Wider pixels than any standard has are a damaged header: 1.0 is assumed.
 MOST_ASPECT = 8

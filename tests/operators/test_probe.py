@@ -10,7 +10,7 @@ import pytest
 from sound import FORMATS, tone, write
 
 from operators.errors import MediaError
-from operators.probe import probe_audio
+from operators.probe import _counted_s, probe_audio
 from operators.settings import AudioSettings
 
 SETTINGS = AudioSettings(timeout_s=60)
@@ -51,6 +51,23 @@ def test_the_container_may_be_longer_than_the_sound(tmp_path: Path) -> None:
         options = ("-map", "0:v", "-map", "1:a")
         path = _with_picture(tmp_path / name, source, options)
         assert probe_audio(str(path), SETTINGS).duration_s == pytest.approx(2, abs=0.1)
+
+
+def test_sound_whose_length_no_header_says_is_counted_once_for_all_spans(tmp_path: Path) -> None:
+    """FLV with pictures, whose header may be that of the pictures."""
+    source = ("-f", "lavfi", "-i", "testsrc=d=3:s=64x64:r=5")
+    options = ("-map", "0:v", "-map", "1:a", "-ar", "44100")
+    path = _with_picture(tmp_path / "a.flv", source, options)
+    before = _counted_s.cache_info()
+    for _ in range(3):
+        sound = probe_audio(str(path), SETTINGS)
+        assert sound.counted
+        assert sound.duration_s == pytest.approx(2, abs=0.1)
+    after = _counted_s.cache_info()
+    assert (after.misses, after.hits) == (before.misses + 1, before.hits + 2)
+    # another file of that name is another one
+    write(path, tone(1), "-vn", "-ar", "44100")
+    assert probe_audio(str(path), SETTINGS).duration_s == pytest.approx(1, abs=0.1)
 
 
 def test_no_sound_track(tmp_path: Path) -> None:
