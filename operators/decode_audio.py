@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import ffmpeg
 import numpy as np
+import numpy.typing as npt
 
 from operators.errors import MediaError
 from operators.ffmpeg_child import FORMATS, NOTES, PROTOCOLS, Done, run
@@ -36,6 +37,11 @@ JUMP_SAMPLES = SAMPLE_RATE_HZ // 10
 HOLE_SAMPLES = SAMPLE_RATE_HZ // 5
 # Of what is asked: where times step back, samples are dropped, and more may come.
 MOST_DROPPED = 1
+# The two channels of a "mix" may be each other's opposite, as a cable soldered the wrong way makes them, and
+# their sum is silence. So their difference comes along, and is taken for each quarter of a second in which
+# it has so many times the power of the sum. It holds whole blocks: they begin at a whole second.
+OPPOSITE_SAMPLES = SAMPLE_RATE_HZ // 4
+OPPOSITE_POWER = 30.0
 # Whoever is not sure that a stream goes on asks for so much of its end.
 LAST_SAMPLES = 2 * SAMPLE_RATE_HZ
 # A line of ffmpeg's framecrc: stream, dts, pts, duration, bytes, sum. Its time base is the sample.
@@ -149,12 +155,14 @@ def decode_audio(
         format_whitelist=FORMATS,
     )
     # One filter string: ffmpeg-python's own filters would choose the stream themselves.
+    pair = _is_pair(sound, track)
+    resample = f"aformat=sample_fmts=flt:channel_layouts={'stereo' if pair else 'mono'}"
     command = (
         ffmpeg.output(
             source,
             f"[f=f32le]pipe:1|[f=framecrc]{NOTES}",
             map=f"0:{sound.index}",
-            af=",".join((_mono(sound, track), *RESAMPLE)),
+            af=",".join((_channels(sound, track), f"aresample={SAMPLE_RATE_HZ}", resample)),
             f="tee",
             c="pcm_f32le",
             **dropped,
@@ -168,9 +176,12 @@ def decode_audio(
         .compile()
     )
     most = (1 + MOST_DROPPED * sound.timed) * (stop - zero + SAMPLE_RATE_HZ)
-    done = run(command, settings, most_bytes=most * SAMPLE_BYTES)
+    width = 2 if pair else 1
+    done = run(command, settings, most_bytes=most * SAMPLE_BYTES * width)
     faulty = (done.cut and sound.timed) or done.status != 0 or _of_sound(done.message)
-    samples, holes = _lay(done, stop - zero, JUMP_SAMPLES if sound.timed else None)
+    # whole quarters of a second, so that what is chosen does not depend on stop
+    count = -(-(stop - zero) // OPPOSITE_SAMPLES) * OPPOSITE_SAMPLES
+    samples, holes = _lay(done, count, JUMP_SAMPLES if sound.timed else None, width)
     # A late start is none, and where ffmpeg has nothing to say a hole is one of the recording's own.
     first = max(start, int(sound.start_s * SAMPLE_RATE_HZ))
     until = min(stop, int(sound.duration_s * SAMPLE_RATE_HZ))
@@ -181,14 +192,8 @@ def decode_audio(
     lost = [each for each in stretches if faulty and each[1] - each[0] > HOLE_SAMPLES]
     failure = done.failure() if done.status != 0 else None
     # A float file may hold anything, and the model's front end is no place for it.
-    found = np.clip(np.nan_to_num(samples[start - zero :], posinf=1.0, neginf=-1.0), -1.0, 1.0)
-    return Piece(start, found, lost, failure)
-
-
-RESAMPLE = (
-    f"aresample={SAMPLE_RATE_HZ}",
-    "aformat=sample_fmts=flt:channel_layouts=mono",
-)
+    found = np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
+    return Piece(start, _one(found)[start - zero : stop - zero], lost, failure)
 
 
 def _of_sound(message: str) -> bool:
@@ -196,28 +201,50 @@ def _of_sound(message: str) -> bool:
     return any(line and not OF_OTHERS.match(line) for line in message.splitlines())
 
 
-def _mono(sound: Sound, track: str) -> str:
+def _is_pair(sound: Sound, track: str) -> bool:
+    """Whether a track comes as sum and difference of two channels."""
+    return sound.channels == 2 and track == "mix"
+
+
+def _one(samples: npt.NDArray[np.float32]) -> Waveform:
+    """Sum, or sum and difference, [n, 1 or 2], to one channel, [n]."""
+    total = samples[:, 0]
+    if samples.shape[1] == 1 or not len(samples):
+        return total
+    power = np.add.reduceat(np.square(samples), np.arange(0, len(samples), OPPOSITE_SAMPLES))
+    opposite = power[:, 1] > OPPOSITE_POWER * power[:, 0]
+    if not opposite.any():
+        return np.ascontiguousarray(total)
+    return np.where(np.repeat(opposite, OPPOSITE_SAMPLES)[: len(total)], samples[:, 1], total)
+
+
+def _channels(sound: Sound, track: str) -> str:
     """The filter for a track. Its channels are those of each moment, whatever the header says."""
     if sound.channels == 1 or track == "mix":  # a single one is left as well as right
         # ffmpeg's own mix of float samples may pass 1.0; the model does not hear loudness
+        if _is_pair(sound, track):
+            return f"pan=stereo|c0<{EVERY_CHANNEL}|c1<c0-c1"
         return f"pan=mono|c0<{EVERY_CHANNEL}"
     index = {"left": 0, "right": 1}.get(track, channel(track))
     return f"pan=mono|c0=c{index}"
 
 
-def _lay(done: Done, count: int, jump: int | None) -> tuple[Waveform, list[Stretch]]:
-    """A run's samples at their times, at most `count`, and its [first, last) holes, from its zero on.
+def _lay(
+    done: Done, count: int, jump: int | None, width: int
+) -> tuple[npt.NDArray[np.float32], list[Stretch]]:
+    """A run's samples at their times, [at most `count`, width], and its [first, last) holes.
 
     Packets follow each other without a seam as long as their times agree with the count of samples to
     `jump`. None: times are themselves a count, in which a leap is packets that gave nothing. What is
     before zero, or before a sample that is there, is dropped.
     """
-    whole = len(done.stdout) // SAMPLE_BYTES
-    heard: Waveform = np.frombuffer(done.stdout, "<f4", count=whole)
+    whole = len(done.stdout) // (SAMPLE_BYTES * width)
+    heard = np.frombuffer(done.stdout, "<f4", count=whole * width).reshape(-1, width)
     packets = np.array(PACKET.findall(done.notes), np.int64).reshape(-1, 2)
     # where each packet lies in `heard`, and how much later that is on the time line
-    ends = np.cumsum(packets[:, 1] // SAMPLE_BYTES)
-    places = ends - packets[:, 1] // SAMPLE_BYTES
+    lengths = packets[:, 1] // (SAMPLE_BYTES * width)
+    ends = np.cumsum(lengths)
+    places = ends - lengths
     later = packets[:, 0] - places
     if jump is None and len(later):
         # Packets that gave nothing are a leap that stays; one that is taken back is a rate that changed.
@@ -226,7 +253,7 @@ def _lay(done: Done, count: int, jump: int | None) -> tuple[Waveform, list[Stret
         stays = (leaps > JUMP_SAMPLES) & (later - least <= JUMP_SAMPLES)
         later = later[0] + np.cumsum(np.where(stays, leaps, 0))
         jump = JUMP_SAMPLES
-    laid = np.zeros(count, np.float32)
+    laid = np.zeros((count, width), np.float32)
     holes: list[Stretch] = []
     end = index = 0
     while index < len(packets) and places[index] < whole and end < count:

@@ -279,6 +279,22 @@ def test_channels(tmp_path: Path) -> None:
         assert np.allclose(decode(mono, track=track), left, atol=1e-3), track
 
 
+def test_channels_that_are_each_others_opposite_are_no_silence(tmp_path: Path) -> None:
+    """From 6 s on, as behind a cable that was soldered the wrong way: their sum is nothing."""
+    said = tone(12, 300)
+    other = np.where(np.arange(len(said)) < 6 * RATE_HZ, said, -said)
+    path = write(tmp_path / "a.wav", np.stack([said, other], axis=1))
+    assert np.allclose(decode(path), said, atol=1e-3)
+    # and whatever part of its block is asked for
+    sound = probe_audio(str(path), SETTINGS)
+    begin = 2 * RATE_HZ
+    long = decode_audio(str(path), sound, begin, begin, 12 * RATE_HZ, SETTINGS).samples
+    for stop in (97_001, 99_999, 100_001):
+        short = decode_audio(str(path), sound, begin, begin + 777, stop, SETTINGS)
+        assert np.array_equal(short.samples, long[777 : stop - begin])
+        assert short.end == stop
+
+
 def test_eight_channels_and_eight_kilohertz(tmp_path: Path) -> None:
     many = np.repeat(tone(1)[:, None], 8, axis=1)
     assert len(decode(write(tmp_path / "a.wav", many))) == RATE_HZ
