@@ -57,7 +57,7 @@ class Done:
     """
 
     status: int
-    stdout: bytes
+    stdout: bytearray
     message: str
     cut: bool = False
     notes: bytes = b""
@@ -162,4 +162,6 @@ def run(
     message = said.decode("utf-8", "replace")
     status = 0 if cut else process.returncode
     section = "video" if isinstance(settings, VideoSettings) else "audio"
-    return Done(status, bytes(memoryview(out)[:most_bytes]), message, cut, bytes(noted), section)
+    # as it is: of frames it holds up to 256 MB, and a copy would as well
+    del out[most_bytes:]
+    return Done(status, out, message, cut, bytes(noted), section)

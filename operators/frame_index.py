@@ -199,7 +199,7 @@ def _read(
     return [line for text in done.stdout.splitlines() if (line := _line(text)) is not None]
 
 
-def _line(text: bytes) -> Line | None:
+def _line(text: bytes | bytearray) -> Line | None:
     """A packet; None without any time, or with one that cannot be."""
     parts = text.split(b",")
     if len(parts) < 4:
@@ -222,7 +222,7 @@ def _line(text: bytes) -> Line | None:
     )
 
 
-def _microseconds(text: bytes) -> int | None:
+def _microseconds(text: bytes | bytearray) -> int | None:
     try:
         return round(float(text) * US)
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import subprocess
+import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -326,6 +327,19 @@ def test_a_decoder_that_takes_too_long_or_too_much(tmp_path: Path) -> None:
     assert done.status != 0
     died = run(["sh", "-c", "kill -SEGV $$"], SETTINGS, most_bytes=1)
     assert died.failure().code == "decode.crashed"
+
+
+def test_what_a_program_writes_is_held_once() -> None:
+    """Whole pictures are 256 MB of it."""
+    most = 40_000_000
+    tracemalloc.start()
+    try:
+        done = run(["head", "-c", str(most + 5), "/dev/zero"], SETTINGS, most_bytes=most)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(done.stdout), done.cut) == (most, True)
+    assert peak < 1.5 * most
 
 
 def test_a_program_that_is_not_there_is_a_broken_machine() -> None:
