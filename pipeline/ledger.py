@@ -2,6 +2,7 @@
 
     LedgerSink   Ray Data's last stage: commits rows as they finish
     load         all of a fingerprint's ledger into DuckDB, each span in one state
+    fold         many small parts to few
 
 A part's name comes from run, pass and task, so a write task that is retried replaces its own part.
 """
@@ -18,10 +19,15 @@ import pyarrow.dataset as pads
 from ray.data.datasource import Datasink
 
 from operators.schema import LEDGER
-from pipeline.parts import parquet_bytes
+from pipeline.parts import parquet_bytes, tables
 from pipeline.store import Store
 
 FOLDER = "ledger"
+
+# Each part costs every later run some requests. So many of write tasks may lie there.
+MOST_SMALL_PARTS = 64
+ROWS_A_FOLDED_PART = 65_536
+FOLDED = "-folded-"
 
 # A span that came twice (a node was lost after the commit, or a failure was asked again) counts once:
 # the better state, a failure that kept a part of its text before one that did not, then the newer.
@@ -99,18 +105,7 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     store; `bring` fetches those that are wanted.
     """
     names = store.names(FOLDER, ".parquet")
-    filesystem, root = store.arrow()
-    parts = (
-        pads.dataset(
-            [f"{root}/{name}" for name in names],
-            schema=LEDGER,
-            format="parquet",
-            filesystem=filesystem,
-        )
-        if names
-        else LEDGER.empty_table()
-    )
-    db.register("ledger_parts", parts)
+    db.register("ledger_parts", _dataset(store, names) if names else LEDGER.empty_table())
     db.execute(
         f"""CREATE OR REPLACE TABLE states AS
         SELECT span_id, asset_id, division, span_count, track, status, has_text, error_code,
@@ -121,6 +116,26 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
         f"""CREATE OR REPLACE TABLE ledger AS
         SELECT states.* FROM states SEMI JOIN ({ONE_DIVISION}) USING (asset_id, division)"""
     )
+
+
+def fold(store: Store, run_id: str) -> None:
+    """Write the parts of write tasks anew as few, where they have become many, then remove them.
+
+    A run that is killed between the two leaves rows twice, each of which counts once.
+    """
+    small = [name for name in store.names(FOLDER, ".parquet") if FOLDED not in name]
+    if len(small) <= MOST_SMALL_PARTS:
+        return
+    rows = _dataset(store, small).to_batches()
+    for number, table in enumerate(tables(rows, ROWS_A_FOLDED_PART)):
+        store.write(f"{FOLDER}/{run_id}{FOLDED}{number:06d}.parquet", parquet_bytes(table))
+    store.delete(small)
+
+
+def _dataset(store: Store, names: list[str]) -> pads.Dataset:
+    filesystem, root = store.arrow()
+    paths = [f"{root}/{name}" for name in names]
+    return pads.dataset(paths, schema=LEDGER, format="parquet", filesystem=filesystem)
 
 
 def segments_of(which: str) -> str:

@@ -141,7 +141,7 @@ def _attempt(
         seconds = time.monotonic() - started
         if assembly.changed:
             _publish(job, leased, db, run_id, assembly, reading, seconds)
-        _end(job, leased, assembly)
+        _end(job, leased, run_id, assembly)
         return Finished(folder, assembly.accounts, bool(plan.spans_todo), seconds)
 
 
@@ -218,11 +218,12 @@ def _publish(
     write_marker(folder, run_id, assembly)
 
 
-def _end(job: Job, folder: LeasedStore, assembly: Assembly) -> None:
+def _end(job: Job, folder: LeasedStore, run_id: str, assembly: Assembly) -> None:
     """What follows the marker, and is left to the next run by one that was killed there."""
     if not assembly.changed and not folder.free():
         return  # what looks left over is another run's, which is at work
     drop_replaced(folder, assembly)
+    ledger.fold(folder, run_id)
     if (marker := read_marker(folder)) is not None:
         write_latest(Store(job.output.uri, job.output.storage_options), job, marker["run_id"])
     if plan := folder.names(PLAN_FOLDER):
