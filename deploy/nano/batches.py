@@ -3,11 +3,12 @@
 A step is four micro-batches: pictures of 70 tokens, pictures of 280, clips of frames, spoken windows.
 Each is a dict of arrays: the fields of `sequences.stack`, plus `features` float16 [n, 160] and `xy`
 int64 [n, 2] for vision or `frames` float32 [n, 640] for audio, in the order of the placeholders,
-plus the labels of the auxiliary losses (class per patch or frame, -1 where there is none).
+plus the labels of the auxiliary losses: a class per patch or frame, -1 where there is none, and for
+patches two numbers, NaN where there are none.
 """
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -39,31 +40,39 @@ _WORD_INDEX: Final = {name: index + 1 for index, name in enumerate(SPOKEN)}
 PATCH_CLASSES: Final = {"colour": 7, "shape": 7, "order": 4}
 EVENT_CLASSES: Final = 9
 SECOND_CLASSES: Final = 60
-FRAME_CLASSES: Final = {"word": len(SPOKEN) + 1, "order": 13}
-
+# What patches are asked for in numbers, (x, y) in halves of the picture: where they are, and how far
+# their thing has come since the first frame. Without the first they forget their row by the middle
+# layers, and what moves up or down is then not told from what stays.
+PATCH_NUMBERS: Final = ("place", "moved")
+# Words of a window with pauses: the product's own hold more words than the held-out ones.
+MOST_WORDS: Final = 16
+FRAME_CLASSES: Final = {"word": len(SPOKEN) + 1, "order": MOST_WORDS + 1}
 
 # Audio starts with windows of two words and reaches all twelve at this step.
-ALL_WORDS_AT: Final = 500
-# From this step on the patches at a thing's rim are labelled too: hues first, then contours.
-CONTOURS_AT: Final = 600
-# From this step on the patches of a moving or changing thing are labelled with what happens to it,
-# and every patch of a clip with its frame's second: without those 2000 steps did not teach events
-# or their times.
-EVENTS_AT: Final = 700
-# From this step on a step holds more, and the labels count less.
-FULL_AT: Final = 1000
-# From this step on, while the rate goes down, more of the pictures have 280 tokens: without that
-# 96 % of those with 70 were right, and 79 % of these.
-LARGER_AT: Final = 1600
-# From this step on half of the clips have 7 to 32 frames.
-LONG_CLIPS_AT: Final = 2100
-# From this step on more clips move: of six kinds drawn one did, and by then half of what was wrong
-# about held-out clips was whether or where a thing moves.
-LAST_AT: Final = 2600
-# What pictures of three things, windows through a codec and clips of any pace are of all.
+ALL_WORDS_AT: Final = 400
+# From this step on the patches at a thing's rim are labelled too (hues first, then contours), those of
+# a moving or changing thing with what happens to it, and every patch of a clip with its frame's
+# second: without those 2000 steps did not teach events or their times.
+DETAILS_AT: Final = 300
+# Until this step clips have two or three frames: what moves is learnt from few.
+MORE_FRAMES_AT: Final = 800
+# From this step on the labels of patches count less.
+FAINT_LABELS_AT: Final = 1000
+# From this step on, while the rate goes down, a step holds more, many clips are long and windows have
+# pauses.
+LATE_AT: Final = 1200
+# From this step on a step has fewer windows, which are learnt first, and more of what is learnt last:
+# pictures of 280 and long clips.
+LAST_AT: Final = 2500
+# What pictures of three things, windows through a codec, clips of any pace, windows with pauses and
+# words that are the one before are of all.
 _THREE: Final = 0.4
 _CODED: Final = 0.3
 _ANY_STEP: Final = 0.3
+_PAUSES: Final = 0.2
+_AGAIN: Final = 0.1
+# The largest pictures take long to paint, and are scaled down to the same patches.
+_LARGEST_PX: Final = 900
 
 
 # What each micro-batch counts: pictures were learnt last, and come as two.
@@ -76,7 +85,7 @@ class Sizes:
 
     `pictures` have 70 tokens, `large_pictures` 280. There are at most `clips` clips, and at most
     `frames` frames in all of them. In `long_clips` of the steps the clips have 7 to 32 frames, in
-    the others as many as held-out ones.
+    the others as many as held-out ones. `pauses` is the share of the windows with pauses.
     """
 
     pictures: int
@@ -85,33 +94,44 @@ class Sizes:
     clips: int
     frames: int
     long_clips: float = 0.0
+    pauses: float = 0.0
 
 
-def auxiliary_weight(step: int) -> float:
-    """Return what the labels on patches and frames count beside the answers.
+def auxiliary_weight(name: str, step: int) -> float:
+    """Return what the labels on patches and frames count beside the answers in a micro-batch.
 
-    They shape the middle layers first. At 0.3 their loss is six times that of the answers by step 2000.
+    They shape the middle layers first. Those on patches must fade: at 0.3 their loss is six times that
+    of the answers by step 2000. Those on spoken words must not: less of each window is then right.
     """
-    return 0.3 if step < FULL_AT else 0.1 if step < LARGER_AT else 0.04
+    if name == "windows":
+        return 0.7
+    return 0.3 if step < FAINT_LABELS_AT else 0.1 if step < LATE_AT else 0.04
 
 
-_EARLY: Final = Sizes(pictures=12, large_pictures=3, windows=9, clips=5, frames=24)
-_FULL: Final = Sizes(pictures=16, large_pictures=5, windows=11, clips=14, frames=42)
-_LARGER: Final = replace(_FULL, pictures=14, large_pictures=7)
-_LONG_CLIPS: Final = replace(_LARGER, windows=15, clips=12, frames=52, long_clips=0.5)
-_LAST: Final = replace(_LONG_CLIPS, pictures=18, large_pictures=8, windows=10)
+_EARLY: Final = Sizes(pictures=12, large_pictures=3, windows=13, clips=14, frames=24)
+_LATE: Final = Sizes(
+    pictures=15,
+    large_pictures=5,
+    windows=16,
+    clips=14,
+    frames=30,
+    long_clips=0.4,
+    pauses=_PAUSES,
+)
+_LAST: Final = Sizes(
+    pictures=16,
+    large_pictures=9,
+    windows=11,
+    clips=14,
+    frames=32,
+    long_clips=0.7,
+    pauses=_PAUSES,
+)
 
 
 def sizes(step: int) -> Sizes:
     """Return the batch sizes of a step."""
-    begun = {
-        LAST_AT: _LAST,
-        LONG_CLIPS_AT: _LONG_CLIPS,
-        LARGER_AT: _LARGER,
-        FULL_AT: _FULL,
-        0: _EARLY,
-    }
-    return next(counts for first, counts in begun.items() if step >= first)
+    return _EARLY if step < LATE_AT else _LATE if step < LAST_AT else _LAST
 
 
 def maybe_compress(pixels: Pixels, rng: np.random.Generator, chance: float = 0.3) -> Pixels:
@@ -127,11 +147,11 @@ def patch_labels(
     things: list[tuple[Thing, float, float]],
     grid: tuple[int, int],
     size: tuple[int, int],
-    contours: bool,
+    details: bool,
 ) -> dict[str, NDArray[np.int64]]:
     """Name the thing in each patch, given (thing, x, y): 0 none, -1 about its rim.
 
-    `grid` is (columns, rows), `size` (width, height) in px.
+    `grid` is (columns, rows), `size` (width, height) in px. With `details` the rim is narrow.
     """
     (columns, rows), (width, height) = grid, size
     centres = positions(columns, rows) + 0.5
@@ -142,9 +162,9 @@ def patch_labels(
         radius = thing.radius * min(width, height)
         distance = np.hypot(x - thing_x * width, y - thing_y * height)
         patch = width / columns / 2
-        reach = radius + 0.7 * patch if contours else max(0.85 * radius, 0.75 * patch)
+        reach = radius + 0.7 * patch if details else max(0.85 * radius, 0.75 * patch)
         inside = distance < reach
-        rim = ~inside & (distance < radius + (1.5 if contours else 1.0) * patch)
+        rim = ~inside & (distance < radius + (1.5 if details else 1.0) * patch)
         values = {
             "colour": _COLOUR_INDEX[thing.colour],
             "shape": _SHAPE_INDEX[thing.shape],
@@ -154,6 +174,11 @@ def patch_labels(
             labels[key][rim] = -1
             labels[key][inside] = value
     return labels
+
+
+def places(columns: int, rows: int) -> NDArray[np.float32]:
+    """Return the centres of patches as (x, y) [n, 2], -1 to 1 from edge to edge."""
+    return ((positions(columns, rows) + 0.5) / (columns, rows) * 2 - 1).astype(np.float32)
 
 
 def event_class(clip: generate_videos.Clip, time_s: float, before_s: float | None) -> int:
@@ -194,35 +219,31 @@ def _vision_batch(
     batch: Batch = dict(sequences.stack(rows))
     batch["features"] = np.concatenate(values)
     batch["xy"] = np.concatenate(xy)
+    batch["label_place"] = np.concatenate([places(*(grid.max(0) + 1)) for grid in xy])
     for key in PATCH_CLASSES:
         batch[f"label_{key}"] = np.concatenate([each[key] for each in labels])
     return batch
 
 
-def picture_batch(
-    rng: np.random.Generator, count: int, budget: int, contours: bool = True
-) -> Batch:
-    """Draw pictures, each with the dense instruction and one of the two short ones."""
+def picture_batch(rng: np.random.Generator, count: int, budget: int, details: bool = True) -> Batch:
+    """Draw pictures, each with two of the three instructions."""
     rows, values, xy, labels = [], [], [], []
     for _ in range(count):
-        scene, pixels = generate_images.draw_picture(rng, _THREE)
+        scene, pixels = generate_images.draw_picture(rng, _THREE, _LARGEST_PX)
         height, width = pixels.shape[:2]
         cut = patchify(maybe_compress(pixels, rng), budget)
-        other = instructions.TAGS if rng.random() < 0.5 else instructions.CAPTION_SHORT
-        asked = [
-            (each, generate_images.answer(scene, each))
-            for each in (instructions.CAPTION_DENSE, other)
-        ]
+        chosen = rng.choice(list(instructions.IMAGE.values()), 2, replace=False)
+        asked = [(str(each), generate_images.answer(scene, str(each))) for each in chosen]
         rows.append(sequences.of_image(len(cut.values), asked))
         values.append(features.patch_features(cut.values))
         xy.append(positions(cut.columns, cut.rows))
         things = [(thing, thing.x, thing.y) for thing in scene.things]
-        labels.append(patch_labels(things, (cut.columns, cut.rows), (width, height), contours))
+        labels.append(patch_labels(things, (cut.columns, cut.rows), (width, height), details))
     return _vision_batch(rows, values, xy, labels)
 
 
 def draw_frame_count(rng: np.random.Generator) -> int:
-    """Draw 2 to 32 frames, mostly few; a whole batch shares the number."""
+    """Draw 2 to 32 frames, mostly few."""
     kind = rng.random()
     if kind < 0.72:
         return int(rng.integers(2, 7))
@@ -231,21 +252,13 @@ def draw_frame_count(rng: np.random.Generator) -> int:
     return int(rng.integers(13, 33))
 
 
-def clip_batch(
-    rng: np.random.Generator,
-    counts: Sizes,
-    contours: bool = True,
-    with_events: bool = True,
-    kinds: tuple[str, ...] = generate_videos.EVENTFUL,
-) -> Batch:
-    """Draw clips with both video instructions; many frames mean fewer clips."""
-    long = counts.long_clips > 0 and rng.random() < counts.long_clips
-    frames = int(rng.integers(7, 33)) if long else draw_frame_count(rng)
+def clip_batch(rng: np.random.Generator, counts: Sizes, frames: int, details: bool = True) -> Batch:
+    """Draw clips of `frames` frames with both video instructions; many frames mean fewer clips."""
     count = max(1, min(counts.clips, counts.frames // frames))
-    rows, values, xy, labels, events, seconds = [], [], [], [], [], []
+    rows, values, xy, labels, moved, events, seconds = [], [], [], [], [], [], []
     for _ in range(count):
         clip, stamps, start, pictures = generate_videos.draw_sampled_clip(
-            rng, frames, kinds=kinds, any_step=_ANY_STEP
+            rng, frames, kinds=generate_videos.EVENTFUL, any_step=_ANY_STEP
         )
         height, width = pictures[0].shape[:2]
         compress = rng.random() < 0.5
@@ -257,9 +270,11 @@ def clip_batch(
             xy.append(positions(cut.columns, cut.rows))
             thing, x, y = clip.state(stamp - start)
             things = [(thing, x, y)] if thing is not None else []
-            labels.append(patch_labels(things, (cut.columns, cut.rows), (width, height), contours))
+            labels.append(patch_labels(things, (cut.columns, cut.rows), (width, height), details))
             event = event_class(clip, stamp - start, before_s)
             there = labels[-1]["order"] > 0
+            come = np.array([x - clip.state(0.0)[1], y - clip.state(0.0)[2]], np.float32) * 2
+            moved.append(np.where(there[:, None], come, np.float32(np.nan)))
             events.append(np.where(there, event, labels[-1]["order"]))
             seconds.append(np.full(len(there), int(stamp) % 60))
             before_s = stamp - start
@@ -269,7 +284,8 @@ def clip_batch(
         ]
         rows.append(sequences.of_video(len(cut.values), stamps, asked))
     batch = _vision_batch(rows, values, xy, labels)
-    if with_events:
+    batch["label_moved"] = np.concatenate(moved)
+    if details:
         batch["label_event"] = np.concatenate(events)
         batch["label_second"] = np.concatenate(seconds)
     return batch
@@ -281,8 +297,12 @@ def window_batch(
     coded: list[Recording],
     count: int,
     max_words: int,
+    pauses: float = 0.0,
 ) -> Batch:
-    """Draw spoken windows: some went through a codec, half of the others have their words varied."""
+    """Draw spoken windows: some went through a codec, half of the others have their words varied.
+
+    Of these others a share of `pauses` has pauses between its words, and up to MOST_WORDS.
+    """
     rows, frames, labels = [], [], []
     for _ in range(count):
         recording = None
@@ -291,7 +311,15 @@ def window_batch(
             recording = choice if len(choice.words) <= max_words else None
         if recording is None:
             vary = bool(rng.random() < 0.5)
-            recording = generate_speech.draw_window(bank, rng, max_words, vary=vary)
+            with_pauses = bool(rng.random() < pauses)
+            recording = generate_speech.draw_window(
+                bank,
+                rng,
+                MOST_WORDS if with_pauses else max_words,
+                vary=vary,
+                again=_AGAIN,
+                pauses=with_pauses,
+            )
         cut = features.audio_frames(recording.samples)
         instruction = str(rng.choice(list(instructions.AUDIO.values())))
         answer = generate_speech.answer(recording.words, instruction)
@@ -325,11 +353,16 @@ class Steps(Dataset[dict[str, Batch]]):
     def __getitem__(self, step: int) -> dict[str, Batch]:
         rng = np.random.default_rng((self._seed, step))
         counts = sizes(step)
-        contours = step >= CONTOURS_AT
-        kinds = generate_videos.EVENTFUL + (("moves", "moves") if step >= LAST_AT else ())
+        details = step >= DETAILS_AT
+        if step < MORE_FRAMES_AT:
+            frames = int(rng.integers(2, 4))
+        elif rng.random() < counts.long_clips:
+            frames = int(rng.integers(7, 33))
+        else:
+            frames = draw_frame_count(rng)
         batches = {
-            "pictures": picture_batch(rng, counts.pictures, 70, contours),
-            "clips": clip_batch(rng, counts, contours, step >= EVENTS_AT, kinds),
+            "pictures": picture_batch(rng, counts.pictures, 70, details),
+            "clips": clip_batch(rng, counts, frames, details),
         }
         return self._weighted(batches, step) | (self.side(step) if self._whole else {})
 
@@ -337,17 +370,21 @@ class Steps(Dataset[dict[str, Batch]]):
         """Return the other half of a step."""
         rng = np.random.default_rng((self._seed, step, 2))
         counts = sizes(step)
-        max_words = min(MAX_WORDS, 2 + step * 11 // ALL_WORDS_AT)
+        max_words = min(MAX_WORDS, 2 + step * 10 // ALL_WORDS_AT)
         batches = {
-            "large": picture_batch(rng, counts.large_pictures, 280, step >= CONTOURS_AT),
-            "windows": window_batch(rng, self._bank, self._coded, counts.windows, max_words),
+            "large": picture_batch(rng, counts.large_pictures, 280, step >= DETAILS_AT),
+            "windows": window_batch(
+                rng, self._bank, self._coded, counts.windows, max_words, counts.pauses
+            ),
         }
         return self._weighted(batches, step)
 
     def _weighted(self, batches: dict[str, Batch], step: int) -> dict[str, Batch]:
-        auxiliary = np.array(auxiliary_weight(step), dtype=np.float32)
         return {
             name: batch
-            | {"weight": np.array(_WEIGHTS[name], np.float32), "auxiliary_weight": auxiliary}
+            | {
+                "weight": np.array(_WEIGHTS[name], np.float32),
+                "auxiliary_weight": np.array(auxiliary_weight(name, step), np.float32),
+            }
             for name, batch in batches.items()
         }

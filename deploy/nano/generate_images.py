@@ -262,9 +262,16 @@ def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     return width, height
 
 
-def draw_picture(rng: np.random.Generator, three: float = 0.0) -> tuple[Scene, Pixels]:
-    """Draw a scene and paint it at a random size; with chance `three` it holds three things."""
+def draw_picture(
+    rng: np.random.Generator, three: float = 0.0, largest_px: float = math.inf
+) -> tuple[Scene, Pixels]:
+    """Draw a scene and paint it at a random size; with chance `three` it holds three things.
+
+    A size whose sides' geometric mean is above `largest_px` is scaled down to it.
+    """
     width, height = draw_size(rng)
+    scale = min(1.0, largest_px / math.sqrt(width * height))
+    width, height = max(48, round(width * scale)), max(48, round(height * scale))
     count = 3 if three and rng.random() < three else None
     # Under 140 px a third shape is a few pixels wide.
     if min(width, height) < 120:

@@ -58,12 +58,15 @@ def answer(words: tuple[Word, ...] | list[str], instruction: str) -> str:
     return " ".join(texts)
 
 
-def draw_words(rng: np.random.Generator, count: int) -> list[str]:
-    """Draw words, digits a little more often than the rest."""
-    return [
-        str(rng.choice(DIGITS)) if rng.random() < 0.3 else str(rng.choice(SPOKEN))
-        for _ in range(count)
-    ]
+def draw_words(rng: np.random.Generator, count: int, again: float = 0.0) -> list[str]:
+    """Draw words, digits a little more often than the rest; with chance `again` the one before."""
+    words: list[str] = []
+    for _ in range(count):
+        if words and again and rng.random() < again:
+            words.append(words[-1])
+        else:
+            words.append(str(rng.choice(DIGITS if rng.random() < 0.3 else SPOKEN)))
+    return words
 
 
 def varied(sound: Waveform, rng: np.random.Generator) -> Waveform:
@@ -81,8 +84,12 @@ def compose(
     rng: np.random.Generator,
     max_s: float = MAX_WINDOW_S,
     vary: bool = False,
+    pauses: bool = False,
 ) -> Recording:
-    """Put the words one after another with gaps, at most `max_s` long (words kept, gaps shrunk)."""
+    """Put the words one after another with gaps, at most `max_s` long (words kept, gaps shrunk).
+
+    With `pauses` a quarter of the gaps between words is 0.5 to 5 s long.
+    """
     sounds = [bank.pick(text, rng).astype(np.float32) / 32768.0 for text in texts]
     if vary:
         sounds = [varied(sound, rng) for sound in sounds]
@@ -90,6 +97,9 @@ def compose(
     sounds = [s * np.float32(level * rng.uniform(0.7, 1.0) / 0.5) for s in sounds]
     longest = np.exp(rng.uniform(np.log(0.3), np.log(1.2)))
     gaps = np.exp(rng.uniform(np.log(0.07), np.log(longest), len(texts) + 1))
+    if pauses:
+        long = rng.random(len(gaps)) < 0.25
+        gaps[long] = rng.uniform(0.5, 5.0, int(long.sum()))
     gaps[0] = rng.uniform(0.0, 0.5)
     gaps[-1] = rng.uniform(0.02, 0.6)
     spare = max_s - sum(len(s) for s in sounds) / SAMPLE_RATE_HZ
@@ -171,12 +181,17 @@ def draw_window(
     max_words: int = MAX_WORDS,
     no_speech: float = 0.08,
     vary: bool = False,
+    again: float = 0.0,
+    pauses: bool = False,
 ) -> Recording:
-    """Draw a window of 1 to `max_words` words, or with chance `no_speech` one without a word."""
+    """Draw a window of 1 to `max_words` words, or with chance `no_speech` one without a word.
+
+    With chance `again` a word is the one before; for `vary` and `pauses` see `compose`.
+    """
     if rng.random() < no_speech:
         return draw_no_speech(rng)
-    count = int(rng.integers(1, max_words + 1))
-    return add_noise(compose(draw_words(rng, count), bank, rng, vary=vary), rng)
+    words = draw_words(rng, int(rng.integers(1, max_words + 1)), again)
+    return add_noise(compose(words, bank, rng, vary=vary, pauses=pauses), rng)
 
 
 def through_codec(samples: Waveform, codec: str, kbit_s: int) -> Waveform:

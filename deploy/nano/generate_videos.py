@@ -26,8 +26,8 @@ from deploy.nano.words import COLOURS, article
 
 DIRECTIONS: Final = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 KINDS: Final = ("moves", "moves", "appears", "changes", "still")
-# For training: the time of an event takes far more clips to learn than a direction.
-EVENTFUL: Final = ("moves", "appears", "changes", "appears", "changes", "still")
+# For training: the time of an event takes more clips to learn than that a thing stays still.
+EVENTFUL: Final = ("moves", "appears", "changes", "moves", "appears", "changes", "moves", "still")
 ASPECTS: Final = (1.0, 4 / 3, 16 / 9, 9 / 16)
 
 

@@ -14,7 +14,13 @@ from transformers import Gemma4UnifiedForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4_unified.modeling_gemma4_unified import apply_rotary_pos_emb
 
-from deploy.nano.batches import EVENT_CLASSES, FRAME_CLASSES, PATCH_CLASSES, SECOND_CLASSES
+from deploy.nano.batches import (
+    EVENT_CLASSES,
+    FRAME_CLASSES,
+    PATCH_CLASSES,
+    PATCH_NUMBERS,
+    SECOND_CLASSES,
+)
 from deploy.nano.model import HIDDEN
 from deploy.nano.tokenizer import ID
 
@@ -28,9 +34,11 @@ _HEAD_LAYER: Final = {
     "frame_order": 5,
     "event": 4,
     "second": 3,
+    "place": 3,
+    "moved": 4,
 }
 # A frame's second is one of 60, and copied from before the picture: it has to be asked for louder.
-_HEAD_WEIGHT: Final = {"second": 5.0}
+_HEAD_WEIGHT: Final = {"second": 5.0, "place": 3.0, "moved": 3.0}
 # Under any score, and finite: a row of padding may attend to nothing at all.
 _MASKED: Final = -3e4
 # Queries of a block: fewer make products slow, more see more masked keys.
@@ -199,6 +207,7 @@ class Trainee(nn.Module):
             layer.self_attn.store_full_length_kv = False
         classes = {"frame_order": FRAME_CLASSES["order"], "word": FRAME_CLASSES["word"]}
         classes |= PATCH_CLASSES | {"event": EVENT_CLASSES, "second": SECOND_CLASSES}
+        classes |= dict.fromkeys(PATCH_NUMBERS, 2)
         self.heads = nn.ModuleDict({k: nn.Linear(HIDDEN, n) for k, n in classes.items()})
 
     def _embed(self, batch: Tensors) -> tuple[Tensor, Tensor]:
@@ -293,20 +302,27 @@ class Trainee(nn.Module):
         return out
 
     def _auxiliary(self, batch: Tensors, states: list[Tensor], places: Tensor) -> Tensor:
-        pairs = [(k, k) for k in PATCH_CLASSES]
-        pairs += [(k, k) for k in ("event", "second") if f"label_{k}" in batch]
+        vision = (*PATCH_CLASSES, "event", "second", *PATCH_NUMBERS)
+        pairs = [(k, k) for k in vision if f"label_{k}" in batch]
         if "frames" in batch:
             pairs = [("word", "word"), ("frame_order", "order")]
         total = torch.zeros((), device=places.device)
         for head, label in pairs:
             state = states[_HEAD_LAYER[head]][0, places]
             scale = state.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
-            logits = self.heads[head](state * scale).float()
+            asked = self.heads[head](state * scale).float()
             labels = batch[f"label_{label}"]
-            weight = torch.ones(logits.shape[-1], device=logits.device)
-            if head != "second":
-                # Empty patches and frames are many; they weigh a tenth each.
-                weight[0] = 0.1
-            loss = functional.cross_entropy(logits, labels, weight=weight, ignore_index=-1)
+            if head in PATCH_NUMBERS:
+                known = ~labels[:, 0].isnan()
+                # Of none the mean would be NaN.
+                loss = functional.smooth_l1_loss(
+                    asked[known], labels[known], reduction="sum", beta=0.25
+                ) / known.sum().mul(2).clamp(min=1)
+            else:
+                weight = torch.ones(asked.shape[-1], device=asked.device)
+                if head != "second":
+                    # Empty patches and frames are many; they weigh a tenth each.
+                    weight[0] = 0.1
+                loss = functional.cross_entropy(asked, labels, weight=weight, ignore_index=-1)
             total = total + _HEAD_WEIGHT.get(head, 1.0) * loss
         return total

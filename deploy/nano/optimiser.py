@@ -9,18 +9,10 @@ from torch import Tensor, nn
 
 from operators.engine import emulated_bfloat16
 
-MUON_RATE: Final = 4e-3
-ADAMW_RATE: Final = 3e-3
-# (step, share of the full rate): warm-up, flat, down to nothing, and the same once more, smaller.
-SCHEDULE: Final = (
-    (0, 0.02),
-    (60, 1.0),
-    (1600, 1.0),
-    (2600, 0.0),
-    (2601, 0.02),
-    (2640, 0.4),
-    (3500, 0.0),
-)
+MUON_RATE: Final = 5e-3
+ADAMW_RATE: Final = 3.7e-3
+# (step, share of the full rate): warm-up, flat, down to nothing.
+SCHEDULE: Final = ((0, 0.02), (60, 1.0), (1200, 1.0), (2500, 0.1333), (2950, 0.0))
 
 
 def rate(step: int) -> float:

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import wave
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from deploy.nano import (
+    batches,
     espeak,
     films,
     generate_images,
@@ -111,6 +113,31 @@ def test_word_times_are_where_the_words_sound(bank: Bank) -> None:
         assert np.abs(made.samples[begin:end]).mean() > 0.05
 
 
+def test_pauses_lie_between_words(bank: Bank) -> None:
+    rng = np.random.default_rng(2)
+    longest = []
+    for pauses in (False, True):
+        gaps = []
+        for _ in range(40):
+            words = generate_speech.draw_words(rng, 5)
+            made = generate_speech.compose(words, bank, rng, pauses=pauses)
+            assert len(made.samples) <= 15 * 16_000
+            assert [word.text for word in made.words] == words
+            gaps += [b.start_s - a.end_s for a, b in pairwise(made.words)]
+        longest.append(max(gaps))
+        assert 0.15 < np.mean(np.array(gaps) > 1.2) < 0.35 or not pauses
+    assert longest[0] <= 1.2 < 3.0 < longest[1]
+
+
+def test_a_word_is_said_again_as_often_as_asked() -> None:
+    rng = np.random.default_rng(7)
+    words = generate_speech.draw_words(rng, 4000, again=0.5)
+    again = np.mean([a == b for a, b in pairwise(words)])
+    by_chance = np.mean([a == b for a, b in pairwise(generate_speech.draw_words(rng, 4000))])
+    assert 0.47 < again < 0.57
+    assert by_chance < 0.06
+
+
 def test_digits_only_where_the_instruction_asks_for_them() -> None:
     words = ["three", "apple"]
     assert generate_speech.answer(words, instructions.ASR_ENGLISH) == "three apple"
@@ -127,6 +154,28 @@ def test_an_event_is_named_by_the_first_frame_that_shows_it() -> None:
     said = generate_videos.answer(clip, instructions.VIDEO_DESCRIBE, stamps, begin)
     changes = [not np.array_equal(frames[n], frames[n - 1]) for n in range(1, 5)]
     assert said.endswith(f"appears at {generate_videos.clock(stamps[1 + changes.index(True)])}")
+
+
+def test_patches_are_asked_for_their_place_and_for_how_far_their_thing_has_come() -> None:
+    rng = np.random.default_rng(11)
+    counts = batches.Sizes(pictures=0, large_pictures=0, windows=0, clips=30, frames=90)
+    batch = batches.clip_batch(rng, counts, 3)
+    place, moved, xy = batch["label_place"], batch["label_moved"], batch["xy"]
+    first, thing = (batch["label_event"] == 1), batch["label_order"] > 0
+    assert np.array_equal(np.isnan(moved).any(1), ~thing)
+    assert np.abs(moved[first]).max() == 0
+    east, west, south, north = (
+        moved[thing & (batch["label_event"] == event)] for event in (3, 4, 5, 6)
+    )
+    assert min(map(len, (east, west, south, north))) > 0
+    for along, across in ((east, 1), (west, 1), (south, 0), (north, 0)):
+        assert np.abs(along[:, across]).max() < 1e-6
+    assert east[:, 0].min() > 0 > west[:, 0].max()
+    assert south[:, 1].min() > 0 > north[:, 1].max()
+    assert np.abs(place).max() < 1
+    # What has the same row has the same y, and what is further down has more of it.
+    assert all(np.ptp(place[:5][xy[:5, 1] == row, 1]) == 0 for row in np.unique(xy[:5, 1]))
+    assert np.corrcoef(place[:, 0], xy[:, 0])[0, 1] > 0.8
 
 
 def test_a_film_has_its_cuts_events_and_words_where_it_says(bank: Bank, tmp_path: Path) -> None:
