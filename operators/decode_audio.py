@@ -220,10 +220,10 @@ def _one(samples: npt.NDArray[np.float32]) -> Waveform:
 
 def _channels(sound: Sound, track: str) -> str:
     """The filter for a track. Its channels are those of each moment, whatever the header says."""
+    # ffmpeg's own mix of float samples may pass 1.0; the model does not hear loudness
+    if _is_pair(sound, track):
+        return f"pan=stereo|c0<{EVERY_CHANNEL}|c1<c0-c1"
     if sound.channels == 1 or track == "mix":  # a single one is left as well as right
-        # ffmpeg's own mix of float samples may pass 1.0; the model does not hear loudness
-        if _is_pair(sound, track):
-            return f"pan=stereo|c0<{EVERY_CHANNEL}|c1<c0-c1"
         return f"pan=mono|c0<{EVERY_CHANNEL}"
     index = {"left": 0, "right": 1}.get(track, channel(track))
     return f"pan=mono|c0=c{index}"

@@ -24,14 +24,13 @@ from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
 from pipeline.config import Job
 from pipeline.lease import LeasedStore
-from pipeline.parts import Part, batches, parquet_bytes, part, tables
+from pipeline.parts import ROWS_A_PART, Part, batches, parquet_bytes, part, tables
 from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.subtitle_files import SUBTITLED, drop_subtitles, write_subtitles
 
 MARKER = "_SUCCESS"
 RESULTS_FOLDER, FAILURES_FOLDER = "results", "failures"
-ROWS_A_PART = 65_536
 # Spans of sound, by their track.
 HEARD = f"track NOT IN ('{IMAGE}', '{FRAMES}', '{SUMMARY}')"
 

@@ -19,14 +19,13 @@ import pyarrow.dataset as pads
 from ray.data.datasource import Datasink
 
 from operators.schema import LEDGER
-from pipeline.parts import parquet_bytes, tables
+from pipeline.parts import ROWS_A_PART, parquet_bytes, tables
 from pipeline.store import Store
 
 FOLDER = "ledger"
 
 # Each part costs every later run some requests. So many of write tasks may lie there.
 MOST_SMALL_PARTS = 64
-ROWS_A_FOLDED_PART = 65_536
 FOLDED = "-folded-"
 
 # A span that came twice (a node was lost after the commit, or a failure was asked again) counts once:
@@ -127,7 +126,7 @@ def fold(store: Store, run_id: str) -> None:
     if len(small) <= MOST_SMALL_PARTS:
         return
     rows = _dataset(store, small).to_batches()
-    for number, table in enumerate(tables(rows, ROWS_A_FOLDED_PART)):
+    for number, table in enumerate(tables(rows, ROWS_A_PART)):
         store.write(f"{FOLDER}/{run_id}{FOLDED}{number:06d}.parquet", parquet_bytes(table))
     store.delete(small)
 

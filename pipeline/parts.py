@@ -11,6 +11,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+# Of results, and of a ledger that is folded.
+ROWS_A_PART = 65_536
 # A part ends here, or with its number of rows: a recording of hours has 100 kB of text and times.
 PART_BYTES = 64 << 20
 # A batch of DuckDB's must not hold more than 2 GiB of text.

@@ -62,13 +62,13 @@ from pipeline.progress import Progress, Reporter, listing, open_tally, shown
 from pipeline.prompts import job_prompts
 from pipeline.report import write_latest, write_report, write_run
 from pipeline.source import SourceError
-from pipeline.source_rows import listing_faults
+from pipeline.source_rows import ADVICE, listing_faults
 from pipeline.store import Store
 from pipeline.strikes import open_book
 from pipeline.summaries import SUMMARIES, tell
 
 OUTPUT_ADVICE = {
-    "fetch.not_found": "does not exist; check the spelling, the bucket and the endpoint",
+    "fetch.not_found": ADVICE["fetch.not_found"],
     "fetch.forbidden": "may not be used; check the credentials and their rights to list, read, write and"
     " delete",
 }

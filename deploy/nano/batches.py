@@ -8,7 +8,7 @@ patches two numbers, NaN where there are none.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -109,24 +109,10 @@ def auxiliary_weight(name: str, step: int) -> float:
 
 
 _EARLY: Final = Sizes(pictures=12, large_pictures=3, windows=13, clips=14, frames=24)
-_LATE: Final = Sizes(
-    pictures=15,
-    large_pictures=5,
-    windows=16,
-    clips=14,
-    frames=30,
-    long_clips=0.4,
-    pauses=_PAUSES,
+_LATE: Final = replace(
+    _EARLY, pictures=15, large_pictures=5, windows=16, frames=30, long_clips=0.4, pauses=_PAUSES
 )
-_LAST: Final = Sizes(
-    pictures=16,
-    large_pictures=9,
-    windows=11,
-    clips=14,
-    frames=32,
-    long_clips=0.7,
-    pauses=_PAUSES,
-)
+_LAST: Final = replace(_LATE, pictures=16, large_pictures=9, windows=11, frames=32, long_clips=0.7)
 
 
 def sizes(step: int) -> Sizes:
@@ -262,6 +248,7 @@ def clip_batch(rng: np.random.Generator, counts: Sizes, frames: int, details: bo
         )
         height, width = pictures[0].shape[:2]
         compress = rng.random() < 0.5
+        _, first_x, first_y = clip.state(0.0)
         before_s: float | None = None
         for picture, stamp in zip(pictures, stamps, strict=True):
             sent = maybe_compress(picture, rng, 1.0) if compress else picture
@@ -273,7 +260,7 @@ def clip_batch(rng: np.random.Generator, counts: Sizes, frames: int, details: bo
             labels.append(patch_labels(things, (cut.columns, cut.rows), (width, height), details))
             event = event_class(clip, stamp - start, before_s)
             there = labels[-1]["order"] > 0
-            come = np.array([x - clip.state(0.0)[1], y - clip.state(0.0)[2]], np.float32) * 2
+            come = np.array([x - first_x, y - first_y], np.float32) * 2
             moved.append(np.where(there[:, None], come, np.float32(np.nan)))
             events.append(np.where(there, event, labels[-1]["order"]))
             seconds.append(np.full(len(there), int(stamp) % 60))

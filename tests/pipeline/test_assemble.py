@@ -383,7 +383,7 @@ def test_many_small_parts_of_the_ledger_become_few(
 ) -> None:
     """Each costs every later run requests: of 10,000 new files a night 57,000 lay there after a year."""
     monkeypatch.setattr(ledger, "MOST_SMALL_PARTS", 4)
-    monkeypatch.setattr(ledger, "ROWS_A_FOLDED_PART", 5)
+    monkeypatch.setattr(ledger, "ROWS_A_PART", 5)
     for name in "efgh":
         night.add(name)
         go()
