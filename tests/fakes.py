@@ -28,7 +28,7 @@ PROMPT = Prompt(
     end_id=8,
     control_tokens=(),
     max_variable_chars=10,
-    max_tokens=100,
+    max_tokens=1000,
 )
 
 

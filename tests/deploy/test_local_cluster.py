@@ -7,42 +7,48 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 from ports import free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).resolve().parents[2] / "deploy/cluster"
+
+
+def checkout(place: Path) -> Path:
+    """A folder whose deploy/cluster finds everything set up; returns its own .venv, to be filled."""
+    (place / "deploy").mkdir(parents=True)
+    shutil.copy(SCRIPT, place / "deploy")
+    (place / "deploy/setup").write_text("exit 0\n")
+    return place / ".venv"
+
+
+def call(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """deploy/cluster of `place`. No token: Ray would put it into the home folder."""
+    return subprocess.run(
+        ["bash", place / "deploy/cluster", *words],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.ray
 def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
     """Head and two workers, in a copy whose virtual environment is the one of this test."""
-    checkout = tmp_path / "checkout"
-    (checkout / "deploy").mkdir(parents=True)
-    shutil.copy(ROOT / "deploy/cluster", checkout / "deploy")
-    (checkout / "deploy/setup").write_text("exit 0\n")
-    (checkout / ".venv").symlink_to(sys.prefix)
+    checkout(tmp_path).symlink_to(sys.prefix)
     ports = [str(port) for port in free_ports(2)]
     place = mkdtemp(prefix="pc-", dir="/tmp")  # socket paths must be short
-    environment = {
-        **os.environ,
-        "POLYSCRIBE_CLUSTER": f"{place}/c",
-        "POLYSCRIBE_PORT": ports[0],
-        "POLYSCRIBE_DASHBOARD_PORT": ports[1],
-        "RAY_AUTH_MODE": "disabled",  # the token would be put into the home folder
-    }
-
-    def cluster(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", checkout / "deploy/cluster", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
+    cluster = partial(
+        call,
+        tmp_path,
+        POLYSCRIBE_CLUSTER=f"{place}/c",
+        POLYSCRIBE_PORT=ports[0],
+        POLYSCRIBE_DASHBOARD_PORT=ports[1],
+    )
     try:
         up = cluster("up", "2", "1")
         assert up.returncode == 0, up.stderr
@@ -59,7 +65,7 @@ def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
                 "print(sorted(node['Resources'].get('CPU', 0) for node in ray.nodes()))",
                 f"127.0.0.1:{ports[0]}",
             ],
-            env=environment,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
             capture_output=True,
             text=True,
             timeout=60,
@@ -76,10 +82,7 @@ def test_the_local_cluster_comes_up_and_goes_down(tmp_path: Path) -> None:
 @pytest.fixture
 def local_cluster(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """deploy/cluster in a copy whose `ray` starts a head, and one worker."""
-    (tmp_path / "deploy").mkdir()
-    shutil.copy(ROOT / "deploy/cluster", tmp_path / "deploy")
-    (tmp_path / "deploy/setup").write_text("exit 0\n")
-    ray = tmp_path / ".venv/bin/ray"
+    ray = checkout(tmp_path) / "bin/ray"
     ray.parent.mkdir(parents=True)
     ray.write_text(
         "#!/bin/bash\n"
@@ -88,21 +91,7 @@ def local_cluster(tmp_path: Path) -> Iterator[Callable[..., subprocess.Completed
         'echo "Ray runtime started"; exec sleep 600\n'
     )
     ray.chmod(0o755)
-    environment = {
-        **os.environ,
-        "POLYSCRIBE_CLUSTER": str(tmp_path / "cluster"),
-        "RAY_AUTH_MODE": "disabled",
-    }
-
-    def cluster(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", tmp_path / "deploy/cluster", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
+    cluster = partial(call, tmp_path, POLYSCRIBE_CLUSTER=str(tmp_path / "cluster"))
     yield cluster
     cluster("down")
 
@@ -137,13 +126,10 @@ def test_down_ends_what_up_started_and_nobody_elses(
 
 
 def test_the_local_cluster_explains_itself_and_leaves_others_alone(tmp_path: Path) -> None:
-    environment = {**os.environ, "POLYSCRIBE_CLUSTER": str(tmp_path / "none")}
-    usage = subprocess.run(
-        [ROOT / "deploy/cluster"], env=environment, capture_output=True, text=True
-    )
+    checkout(tmp_path)
+    cluster = partial(call, tmp_path, POLYSCRIBE_CLUSTER=str(tmp_path / "none"))
+    usage = cluster()
     assert usage.returncode == 2
     assert "deploy/cluster up" in usage.stdout
-    down = subprocess.run(
-        [ROOT / "deploy/cluster", "down"], env=environment, capture_output=True, text=True
-    )
+    down = cluster("down")
     assert (down.returncode, down.stdout) == (0, "cluster: it is not up\n")

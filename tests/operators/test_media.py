@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
+import fakes
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -26,18 +28,7 @@ from operators.prompt import Prompt
 from operators.schema import PAYLOAD, PLAN, PREPARED
 from operators.settings import ImageSettings
 
-PROMPT = Prompt(
-    text="Describe {what}.",
-    rendered="",
-    head=(2, 10),
-    tail=(11, 12),
-    begin_id=20,
-    media_id=21,
-    end_id=22,
-    control_tokens=(),
-    max_variable_chars=100,
-    max_tokens=1000,
-)
+PROMPT = replace(fakes.PROMPT, text="Describe {what}.")
 IMAGE = ImageSettings(max_soft_tokens=70, max_memory_bytes=1 << 30)
 
 
@@ -88,7 +79,7 @@ def test_a_row() -> None:
     assert row["window_media"] == [patches.values.tobytes()]
     assert (row["window_columns"], row["window_rows"]) == ([patches.columns], [patches.rows])
     assert len(row["window_media"][0]) == count * PATCH_VALUES
-    assert row["window_tokens"] == [[2, 10, 20, *[21] * count, 22, 11, 12]]
+    assert row["window_tokens"] == [[1, 2, 6, *[7] * count, 8, 3]]
     assert [len(digest) for digest in row["window_media_hash"]] == [32]
     assert (row["width_px"], row["height_px"], row["duration_s"]) == (640, 480, None)
     assert (row["error_code"], row["error_stage"], row["error_message"]) == (None, None, None)

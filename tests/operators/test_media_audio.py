@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes import PROMPT
 from sound import FORMATS, RATE_HZ, Spoken, spoken, tone, write
 
 from operators.errors import MediaError
@@ -28,18 +29,6 @@ from operators.schema import PAYLOAD, PLAN, PREPARED
 from operators.settings import AudioSettings
 from operators.windows import grid, spans
 
-PROMPT = Prompt(
-    text="Transcribe.",
-    rendered="",
-    head=(2, 10),
-    tail=(11, 12),
-    begin_id=20,
-    media_id=21,
-    end_id=22,
-    control_tokens=(),
-    max_variable_chars=100,
-    max_tokens=1000,
-)
 AUDIO = AudioSettings(timeout_s=60)
 # 1000 take 200 s, and agree as well.
 LENGTHS = 100
@@ -341,7 +330,7 @@ def test_a_plan_of_another_file_and_a_prompt_without_room(tmp_path: Path) -> Non
     for other in ({"track_index": 3, "track_count": 7}, {"span_start_s": None}):
         table = pa.Table.from_pylist([row | other], schema=PLAN)
         assert stage()(table).to_pylist()[0]["error_code"] == "fetch.changed"
-    tight = Prompt(**{**vars(PROMPT), "max_tokens": 100})
+    tight = replace(PROMPT, max_tokens=100)
     rows = stage(prompt=tight)(plan(path)).to_pylist()
     assert rows[0]["error_code"] == "prepare.too_long"
 
