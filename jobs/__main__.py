@@ -12,9 +12,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
 
+from jobs.arguments import add_storage_options
 from jobs.evaluate import add_command as add_evaluate
 from jobs.exits import (
     BROKEN,
@@ -29,14 +29,20 @@ from jobs.submit import add_commands
 from pipeline.config import ConfigError
 from pipeline.job_file import load_job
 
+# A scheduler's, and that of a terminal which goes away.
+TERMINATING = (signal.SIGTERM, signal.SIGHUP)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     # Nothing is marked up here, and names and answers may hold [brackets] and :signs:.
     console = Console(soft_wrap=True, markup=False, emoji=False)
-    if on_main := threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, _terminate)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in TERMINATING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, _terminate)
     try:
         code: int = options.command(options, console)
     except ConfigError as error:
@@ -45,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped: what is finished is committed; run again to do the rest", file=sys.stderr)
         return exit_code_of(error)
     finally:
-        if on_main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code
 
 
 def _terminate(number: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the first's work
+    for each in TERMINATING:
+        signal.signal(each, signal.SIG_IGN)  # a second one must not stop the first's work
     raise Terminated
 
 
@@ -153,13 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("verify", help="check that an output is whole")
     sub.set_defaults(command=_verify)
     sub.add_argument("output", metavar="OUTPUT")
-    sub.add_argument(
-        "--storage-options",
-        type=yaml.safe_load,
-        default={},
-        metavar="YAML",
-        help="for fsspec, for example '{endpoint_url: http://...}'",
-    )
+    add_storage_options(sub)
     add_evaluate(commands)
     add_commands(commands)
     return parser

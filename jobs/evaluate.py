@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import add_storage_options
 from jobs.exits import BROKEN, FINISHED, HELD, REFUSED
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     sub.add_argument("--out", metavar="FILE.parquet", help="write a row an asset")
     sub.add_argument("--show", type=int, default=20, metavar="N", help="assets to print (20)")
-    sub.add_argument(
-        "--storage-options", type=yaml.safe_load, default={}, metavar="YAML", help="for fsspec"
-    )
+    add_storage_options(sub)
     sub.add_argument("--job", metavar="JOB.yaml", help="with --sweep: what to run")
     sub.add_argument(
         "--sweep", metavar="section.field=a,b,c", help="run the job for each value on a sample"

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes that a scheduler can tell apart, and SIGTERM."""
+"""How a command ends: exit codes that a scheduler can tell apart, and signals."""
 
 FINISHED = 0
 BROKEN = 1  # a machine or our own code; run again to do the rest
@@ -7,11 +7,11 @@ TOO_MANY_FAILED = 3  # finished, with more failures than limits.max_failed_fract
 HELD = 4  # another run is at work on this output
 UNFINISHED = 5  # `status` of a submitted job that waits or runs
 INTERRUPTED = 130  # SIGINT; what is finished is committed
-TERMINATED = 143  # SIGTERM; likewise
+TERMINATED = 143  # SIGTERM or SIGHUP; likewise
 
 
 class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT: everything on the way out is put in order."""
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT: everything on the way out is put in order."""
 
 
 def exit_code_of(error: KeyboardInterrupt | Terminated) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator
 from functools import partial
@@ -18,9 +19,10 @@ from pipeline.cluster import cluster, cluster_nodes
 from pipeline.compute import compute
 from pipeline.config import Job
 from pipeline.plan import make_plan, scratch
-from pipeline.progress import listing
+from pipeline.progress import clock, listing
 from pipeline.prompts import job_prompts
 from pipeline.run import folder_store, look_at_output, new_run_id
+from pipeline.store import Store
 
 # Headers that are read for the estimate of tokens, and how much of each file.
 SAMPLE_FILES, HEADER_BYTES = 32, 256 << 10
@@ -31,7 +33,8 @@ def preview(job: Job, console: Console) -> None:
     say = partial(console.print, highlight=False)
     look_at_output(job)
     with scratch() as db, cluster(job.limits.wait_for_workers_s, say) as connect:
-        plan = make_plan(job, db, folder_store(job), new_run_id(), connect, listing(console))
+        folder = folder_store(job)
+        plan = make_plan(job, db, folder, new_run_id(), connect, listing(console))
         console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)
         if not plan.spans_todo:
             return
@@ -43,8 +46,27 @@ def preview(job: Job, console: Console) -> None:
         pixels = statistics.fmean(width * height for width, height in sizes) if sizes else None
         megapixels = None if pixels is None else pixels / 1e6
         shares = compute(job, cluster_nodes(), plan.spans_todo, megapixels, plan.lengths)
-    for reason in (*shares.reasons, *shares.warnings):
-        console.print(reason, highlight=False)
+        pace = _pace(folder, plan.spans_todo, shares.engines)
+    for line in (*shares.reasons, *shares.warnings, *pace):
+        console.print(line, highlight=False)
+
+
+def _pace(folder: Store, spans: int, engines: int) -> Iterator[str]:
+    """What the spans take at the pace of the job's last run, where there was one that worked."""
+    try:
+        report = json.loads(folder.read("report.json"))
+    except FileNotFoundError:
+        return
+    engine, done = report["engine"], report["accounts"]["done_now"]
+    if not done or not engine["seconds"]:
+        return
+    hours = engine["seconds"] / 3600
+    needed = hours * spans / done
+    yield (
+        f"run {report['run_id']} took {hours:,.2f} engine hours for {done:,} spans, models' loading apart"
+        f" (engines waited {engine['waiting_share']:.0%} of it): at its pace {needed:,.1f} engine hours,"
+        f" {clock(3600 * needed / engines)} with {engines}"
+    )
 
 
 def _tokens(job: Job, spans: int, prompts: Prompts, sizes: list[tuple[int, int]]) -> Iterator[str]:

@@ -150,7 +150,8 @@ PAGE = """<!doctype html>
 {% for name, stage in report.stages.items() %}<tr><td>{{ name }}</td>
  <td class="n">{{ stage.seconds }}</td><td class="n">{{ stage.ms_per_span }}</td></tr>{% endfor %}
 </table>
-<p>{{ report.engine.engines }} engine{{ "s" if report.engine.engines != 1 }}, waiting
+<p>{{ report.engine.engines }} engine{{ "s" if report.engine.engines != 1 }}, up for
+ {{ "{:,.2f}".format(report.engine.seconds / 3600) }} hours together, waiting
  {{ "{:.0%}".format(report.engine.waiting_share) }} of the time,
  {{ report.engine.mean_open_requests }} requests open on average,
  {{ report.engine.restarts }} restarts. Tokens: {{ "{:,}".format(report.tokens.prompt_tokens) }} in

@@ -134,6 +134,8 @@ def _attempt(
         if plan.spans_todo:
             with output_faults(job):
                 write_run(leased, job, run_id, "running", versions(), None)
+                # There is none: a right that is missing shows now, and not when all is done.
+                leased.delete([f"{PLAN_FOLDER}/{run_id}"])
             connect()
             reading = _work(job, folder, leased, db, plan, console, engine)
         reconcile(db)

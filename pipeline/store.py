@@ -155,7 +155,8 @@ def _delete_s3(store: fsspec.AbstractFileSystem, paths: list[str]) -> None:
     )
     # s3fs's own bulk delete does not look at these.
     for fault in answer.get("Errors", []):
-        raise OSError(f"s3://{bucket}/{fault['Key']}: not deleted: {fault.get('Code')}")
+        kind = PermissionError if fault.get("Code") == "AccessDenied" else OSError
+        raise kind(f"s3://{bucket}/{fault['Key']}: not deleted: {fault.get('Code')}")
 
 
 def _unlisted(error: OSError) -> None:

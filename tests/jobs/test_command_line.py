@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from jobs.__main__ import main
 from jobs.exits import BROKEN, FINISHED, REFUSED, TERMINATED
+from pipeline.job_file import load_job
 
 
 @pytest.fixture
@@ -102,13 +104,15 @@ def test_an_output_that_cannot_be_used_is_refused_before_the_input_is_listed(
     assert "(HTTP 400 ExpiredToken)" in refused(bucket, **s3.options)
 
 
-def test_an_output_that_may_only_be_read_is_refused_at_the_first_write(
-    job: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("denied", ["PUT", "POST"])  # to write, to delete
+def test_an_output_with_too_few_rights_is_refused_at_the_first_write(
+    job: Path, s3: S3Server, capsys: pytest.CaptureFixture[str], denied: str
 ) -> None:
     given = {"uri": s3.bucket(), "storage_options": s3.options}
-    s3.fault = lambda method, *asked: (403, "AccessDenied") if method == "PUT" else None
+    s3.fault = lambda method, *asked: (403, "AccessDenied") if method == denied else None
     assert main(["run", str(job), "--set", f"output={yaml.safe_dump(given)}"]) == REFUSED
-    assert "may not be used; check the credentials" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "may not be used; check the credentials and their rights to list, read, write" in said
 
 
 def test_a_store_that_refuses_is_no_output_that_is_not_whole(
@@ -120,6 +124,10 @@ def test_a_store_that_refuses_is_no_output_that_is_not_whole(
     assert f"{bucket}: may not be read; check the credentials" in capsys.readouterr().err
     assert main(["verify", "s4://b/out"]) == REFUSED
     assert "unknown scheme s4://" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main(["verify", bucket, "--storage-options", "key=value"])
+    assert refused.value.code == REFUSED
+    assert "--storage-options: must be a YAML mapping" in capsys.readouterr().err
 
 
 def test_an_output_that_no_run_finished_is_not_whole(
@@ -141,7 +149,18 @@ def test_a_plan_shows_counts_tokens_and_reasons_without_an_engine(
     assert "from 2 files looked at" in said  # the broken one thins the sample
     for reason in ("tokens in: about", "tokens out: at most", "engines: 1", "media workers:"):
         assert reason in said
+    assert "engine hours" not in said
     assert not list((job.parent).glob("out/*/plan/*"))
+    folder = job.parent / "out" / load_job(str(job)).fingerprint
+    folder.mkdir(parents=True)
+    engine = {"seconds": 7200.0, "waiting_share": 0.25}
+    report = {"run_id": "first", "accounts": {"done_now": 100}, "engine": engine}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert main(["plan", str(job)]) == FINISHED
+    assert (
+        "run first took 2.00 engine hours for 100 spans, models' loading apart (engines waited 25% of"
+        " it): at its pace 0.1 engine hours, 3:36 with 1\n"
+    ) in capsys.readouterr().out
 
 
 def test_help_names_every_command() -> None:
@@ -153,13 +172,14 @@ def test_help_names_every_command() -> None:
     assert subprocess.run([sys.executable, "-m", "jobs"], capture_output=True).returncode == REFUSED
 
 
-def test_sigterm_ends_in_order_with_its_own_code() -> None:
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_in_order_with_its_own_code(number: str) -> None:
     """Any command: here one that waits for a store that does not answer."""
     program = (
         "import os, signal, threading, time\n"
         "import jobs.__main__ as command_line\n"
         "def waits(options, console):\n"
-        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.%s)).start()\n"
         "    try:\n"
         "        time.sleep(30)\n"
         "    finally:\n"
@@ -168,7 +188,7 @@ def test_sigterm_ends_in_order_with_its_own_code() -> None:
         "raise SystemExit(command_line.main(['verify', 'anything']))\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program % number],
         capture_output=True,
         text=True,
         timeout=20,
