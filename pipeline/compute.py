@@ -142,9 +142,12 @@ def compute(
     warnings = []
     if on_gpu:
         media_rate, rate = workers / load.media_s, engines / load.engine_s
+        # what people decide by, so no "0.0" of a small job
+        hours = math.ceil(units / min(media_rate, rate) / 360) / 10
         reasons.append(
             f"media: about {media_rate:,.0f} {load.rate} from {workers:g} CPUs ({load.basis});"
-            f" engines: about {rate:,.0f} (an estimate for an 80 GB card)"
+            f" engines: about {rate:,.0f} (an estimate for an 80 GB card); in all some {hours:,.1f} hours"
+            f" of {engines} GPUs, their start not counted"
         )
         if media_rate < rate:
             warnings.append(

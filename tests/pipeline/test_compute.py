@@ -136,6 +136,27 @@ def test_so_it_is_of_sound_and_of_video(task: str, unit: str, cpus: int) -> None
     assert f"1 engines need some {cpus} CPUs for media, there are {cpus - 1} now" in warning
 
 
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "spans", "said"),
+    [
+        (1, 16, 1_000_000, "11.7 hours of 1 GPUs"),
+        (8, 16, 1_000_000, "1.5 hours of 8 GPUs"),
+        (8, 1, 1_000_000, "3.2 hours of 8 GPUs"),  # the CPU prepares 87 a second
+        (8, 16, 100, "0.1 hours of 8 GPUs"),
+    ],
+)
+def test_the_plan_says_what_the_job_takes(gpus: int, cpus: int, spans: int, said: str) -> None:
+    got = compute(job(), [HEAD, Node(cpus, 0), Node(0, gpus)], spans, megapixels=2.0)
+    assert f"in all some {said}" in got.reasons[-1]
+
+
+def test_a_plan_of_sound_goes_by_its_lengths() -> None:
+    nodes = [HEAD, Node(16, 0), Node(0, 1)]
+    lengths = Lengths(total_s=4850 * 3600.0, mean_s=5.0, longest_s=300.0)
+    got = compute(job(task="transcribe"), nodes, 10**6, lengths=lengths)
+    assert "in all some 10.1 hours of 1 GPUs" in got.reasons[-1]
+
+
 def test_sound_of_videos_is_work_as_well() -> None:
     nodes = [HEAD, Node(3, 0), Node(0, 1)]
     silent, heard = (
