@@ -6,7 +6,7 @@ Where the work runs and how much of it is in pipeline/config.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -49,9 +49,22 @@ class ModelSettings(Settings):
 class PromptSettings(Settings):
     """A preset by name, or a text of one's own with {variables} from the manifest."""
 
-    preset: str | None = None
-    text: str | None = Field(None, min_length=1, max_length=8000)
-    max_variable_chars: Annotated[int, Field(ge=1, le=8000, json_schema_extra=LIMIT)] = 1000
+    preset: str | None = Field(
+        None, description="default: caption-dense, or video-describe; speech has none"
+    )
+    text: str | None = Field(
+        None,
+        min_length=1,
+        max_length=8000,
+        description="instead of a preset; {name} is the manifest's column of that name",
+    )
+    max_variable_chars: int = Field(
+        1000,
+        ge=1,
+        le=8000,
+        json_schema_extra=LIMIT,
+        description="of a column's value; a row with a longer one fails, it is not cut",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> PromptSettings:
@@ -76,9 +89,21 @@ class ImageSettings(Settings):
         description="let libjpeg drop whole octaves of a large JPEG while decoding: 34 instead of 53 ms"
         " at 12 MP, 46 dB from the full decode, so not the same answer",
     )
-    max_pixels: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 300_000_000
-    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 60.0
-    max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 4 << 30
+    max_pixels: int = Field(
+        300_000_000, ge=1, json_schema_extra=LIMIT, description="a larger picture fails undecoded"
+    )
+    timeout_s: float = Field(
+        60.0,
+        gt=0,
+        json_schema_extra=LIMIT,
+        description="of one picture, from decoding to its patches",
+    )
+    max_memory_bytes: int = Field(
+        4 << 30,
+        ge=1 << 28,
+        json_schema_extra=LIMIT,
+        description="of a worker's decoder process; a picture that needs more fails alone",
+    )
 
     @field_validator("max_soft_tokens")
     @classmethod
@@ -118,9 +143,20 @@ class AudioSettings(Settings):
     speech_threshold: float = Field(
         0.5, gt=0, lt=1, description="voice activity above it is speech; Silero's own default"
     )
-    span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 300.0
-    max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 2 << 30
-    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
+    span_s: float = Field(
+        300.0,
+        ge=30,
+        le=3600,
+        json_schema_extra=LIMIT,
+        description="seconds of a recording that one worker prepares and one row commits; the"
+        " transcript does not depend on it",
+    )
+    max_memory_bytes: int = Field(
+        2 << 30, ge=1 << 28, json_schema_extra=LIMIT, description="of one decoder process"
+    )
+    timeout_s: float = Field(
+        300.0, gt=0, json_schema_extra=LIMIT, description="of one run of the decoder"
+    )
 
 
 class VideoSettings(Settings):
@@ -183,12 +219,29 @@ class VideoSettings(Settings):
         description="one caption for the whole video from its segments' captions and transcript, by a"
         " second, text-only request",
     )
-    # fps 1 at 70 tokens: 120 frames, 58 MB of patches in a row; 300 s would be 145 MB
-    span_s: Annotated[float, Field(ge=30, le=3600, json_schema_extra=LIMIT)] = 120.0
-    # of a frame; 8192x8192 is 67 million, and 200 MB for each that a worker holds
-    max_pixels: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 70_000_000
-    max_memory_bytes: Annotated[int, Field(ge=1 << 28, json_schema_extra=LIMIT)] = 4 << 30
-    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 300.0
+    span_s: float = Field(
+        120.0,
+        ge=30,
+        le=3600,
+        json_schema_extra=LIMIT,
+        description="seconds of a video that one worker prepares and one row commits: at fps 1 and 70"
+        " tokens 58 MB of patches; the segments do not depend on it",
+    )
+    max_pixels: int = Field(
+        70_000_000,
+        ge=1,
+        json_schema_extra=LIMIT,
+        description="of a frame; 8192x8192 is 67 million, and 200 MB for each that a worker holds",
+    )
+    max_memory_bytes: int = Field(
+        4 << 30, ge=1 << 28, json_schema_extra=LIMIT, description="of one decoder process"
+    )
+    timeout_s: float = Field(
+        300.0,
+        gt=0,
+        json_schema_extra=LIMIT,
+        description="of a span's cuts, and of a segment's frames",
+    )
 
     @model_validator(mode="after")
     def _lengths(self) -> VideoSettings:
@@ -210,9 +263,12 @@ class SamplingSettings(Settings):
     )
     top_p: float = Field(0.95, gt=0, le=1, description="the 12B's own default; unused at 0")
     top_k: int = Field(64, ge=-1, description="the 12B's own default; unused at 0")
-    seed: int = 0
+    seed: int = Field(0, description="of the draw; unused at temperature 0")
     max_tokens: int | None = Field(
-        None, ge=1, description="tokens of the answer; default: the preset's"
+        None,
+        ge=1,
+        description="an answer that has not ended by then fails its row; default: the preset's, 512 with"
+        " prompt.text, and for speech 16 a second of audio.window_s, twice that with a translation",
     )
     detect_repetition: bool = Field(
         True, description="stop an answer that loops and fail its row, instead of paying to the end"
@@ -222,10 +278,19 @@ class SamplingSettings(Settings):
 class FetchSettings(Settings):
     """How bytes come from the store. Nothing here changes an answer."""
 
-    # of an image, which is read into memory
-    max_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 256 << 20
-    # of sound and video, which come onto the node's disk; a day of 16-bit stereo at 44.1 kHz is 15 GB
-    max_file_bytes: Annotated[int, Field(ge=1, json_schema_extra=LIMIT)] = 16 << 30
+    max_bytes: int = Field(
+        256 << 20,
+        ge=1,
+        json_schema_extra=LIMIT,
+        description="of an image, which is read into memory",
+    )
+    max_file_bytes: int = Field(
+        16 << 30,
+        ge=1,
+        json_schema_extra=LIMIT,
+        description="of a recording or video, which comes onto the node's disk; a day of 16-bit stereo at"
+        " 44.1 kHz is 15 GB",
+    )
     max_cache_bytes: int = Field(
         32 << 30,
         ge=1,
@@ -234,6 +299,14 @@ class FetchSettings(Settings):
         " Two cases go beyond it: one larger file, read when no other is in use, and HTTP objects whose"
         " size the server does not tell, until they are read",
     )
-    timeout_s: Annotated[float, Field(gt=0, json_schema_extra=LIMIT)] = 60.0
-    attempts: Annotated[int, Field(ge=1, le=20, json_schema_extra=LIMIT)] = 4
-    concurrency: Annotated[int, Field(ge=1, le=256, json_schema_extra=LIMIT)] = 8
+    timeout_s: float = Field(60.0, gt=0, json_schema_extra=LIMIT, description="of one request")
+    attempts: int = Field(
+        4,
+        ge=1,
+        le=20,
+        json_schema_extra=LIMIT,
+        description="of a request, where the store failed in a way that may pass",
+    )
+    concurrency: int = Field(
+        8, ge=1, le=256, json_schema_extra=LIMIT, description="images that a worker reads at once"
+    )

@@ -111,9 +111,14 @@ class InputConfig(Settings):
 class OutputConfig(Settings):
     """Where a run writes: a folder a fingerprint, and latest.json beside them."""
 
-    uri: str = Field(min_length=1)
-    storage_options: dict[str, Any] = Field(default_factory=dict)
-    subtitles: bool = Field(True, description="write .vtt and .srt where there is speech")
+    uri: str = Field(min_length=1, description="a folder; any fsspec URI that can be written to")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="as those of the input, which are not used here"
+    )
+    subtitles: bool = Field(
+        True,
+        description="of recordings and videos also .vtt, .srt and .json files: three or four an asset",
+    )
 
 
 class EngineConfig(Settings):
@@ -128,7 +133,9 @@ class EngineConfig(Settings):
     max_num_batched_tokens: int = Field(
         8192, ge=512, description="prefill tokens a step: about 28 images at 280 tokens"
     )
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a card that vLLM takes for weights and KV cache"
+    )
     kv_cache_memory_bytes: int | None = Field(
         None, ge=1 << 20, description="CPU engine: memory of its KV cache; default 1 GiB"
     )
@@ -162,7 +169,9 @@ class ResourcesConfig(Settings):
         " work is worth",
     )
     media_workers: int | None = Field(None, ge=1, description="at most so many media tasks at once")
-    rows_per_block: int | None = Field(None, ge=1, le=4096)
+    rows_per_block: int | None = Field(
+        None, ge=1, le=4096, description="spans of one media task; default: blocks of some 32 MB"
+    )
 
 
 class LimitsConfig(Settings):
@@ -172,7 +181,11 @@ class LimitsConfig(Settings):
         None, ge=1, description="take only the first so many, for a trial"
     )
     max_failed_fraction: float = Field(
-        0.05, ge=0, le=1, description="more failures than this end the run with exit code 3"
+        0.05,
+        ge=0,
+        le=1,
+        description="share of assets that may be failed or partial: a run with more of them is finished as"
+        " ever, but ends with exit code 3",
     )
     retry_failed: bool = Field(
         False, description="ask again for spans that a former run sealed as failed"
@@ -194,7 +207,9 @@ class LimitsConfig(Settings):
 class Job(Settings):
     """One job file."""
 
-    task: Literal["caption", "transcribe", "describe-video", "custom"]
+    task: Literal["caption", "transcribe", "describe-video", "custom"] = Field(
+        description="custom: a prompt.text of one's own about images"
+    )
     input: InputConfig
     output: OutputConfig
     model: ModelSettings

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, Job
 from pipeline.job_file import load_job
 
 MINIMAL = """
@@ -29,6 +31,21 @@ def test_four_lines_are_a_job_and_the_defaults_are_the_12bs(tmp_path: Path) -> N
     assert job.image.max_soft_tokens == 280
     assert job.model.max_model_len == 4096
     assert job.engine.max_num_batched_tokens >= 2560
+
+
+def test_every_field_says_what_it_is() -> None:
+    """The README sends people to them."""
+
+    def silent(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                assert kind.__doc__
+                yield from silent(kind, f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    assert [*silent(Job)] == []
 
 
 @pytest.mark.parametrize(
