@@ -25,7 +25,7 @@ from jobs.exits import (
     Terminated,
     exit_code_of,
 )
-from jobs.submit import add_commands
+from jobs.submit import JOB_HELP, SET_HELP, add_commands
 from pipeline.config import ConfigError
 from pipeline.job_file import load_job
 
@@ -137,29 +137,36 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="polyscribe", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="polyscribe",
+        description="Captions and transcribes large corpora of images, recordings and videos.",
+        epilog="Job files are in jobs/examples; README.md says what a run leaves, and its exit codes.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("run", _run, "do what is left of a job"),
-        ("plan", _plan, "count what a run would do; starts no engine"),
+        ("plan", _plan, "count what a run would do, and what it would take; starts no engine"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        sub.add_argument("job", metavar="JOB.yaml")
+        sub.add_argument("job", metavar="JOB.yaml", help=JOB_HELP)
         sub.add_argument(
             "--set",
             action="append",
             default=[],
             metavar="section.field=value",
-            help="override one field of the job (may be repeated)",
+            help=SET_HELP,
         )
         if name == "run":
             sub.add_argument(
                 "--show", type=int, default=20, metavar="N", help="print the first N answers (20)"
             )
-    sub = commands.add_parser("verify", help="check that an output is whole")
+    text = "check that an output is whole; 1 and a line for each fault where it is not"
+    sub = commands.add_parser("verify", help=text, description=text)
     sub.set_defaults(command=_verify)
-    sub.add_argument("output", metavar="OUTPUT")
+    sub.add_argument(
+        "output", metavar="OUTPUT", help="its newest question, or OUTPUT/<fingerprint>"
+    )
     add_storage_options(sub)
     add_evaluate(commands)
     add_commands(commands)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from jobs.arguments import add_storage_options
 from jobs.exits import BROKEN, FINISHED, HELD, REFUSED
+from jobs.submit import SET_HELP
 
 if TYPE_CHECKING:
     from operators.score import Edits
@@ -35,13 +36,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     text = "word and character error rates against references, or of two outputs"
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=command)
-    sub.add_argument("output", nargs="?", metavar="OUTPUT", help="or OUTPUT/<fingerprint>")
+    sub.add_argument(
+        "output", nargs="?", metavar="OUTPUT", help="its newest question, or OUTPUT/<fingerprint>"
+    )
     sub.add_argument(
         "--references",
         metavar="FILE",
         help="Parquet, CSV or JSONL with asset_id, source_id or uri, with text, perhaps language",
     )
-    sub.add_argument("--key", choices=("asset_id", "source_id", "uri"), help="column to join by")
+    sub.add_argument(
+        "--key",
+        choices=("asset_id", "source_id", "uri"),
+        help="column to join by; default: the first of them that the references have",
+    )
     sub.add_argument("--against", metavar="OUTPUT", help="compare with this output")
     sub.add_argument(
         "--only-finished",
@@ -57,7 +64,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     sub.add_argument("--sample", type=int, default=50, metavar="N", help="files of a sweep (50)")
     sub.add_argument("--seed", type=int, default=0, help="which files (0)")
-    sub.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="section.field=value", help=SET_HELP
+    )
 
 
 def command(

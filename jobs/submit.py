@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipeline.submit import JobServer, State
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+JOB_HELP = "job file, such as those in jobs/examples"
+SET_HELP = "override one field of the job (may be repeated)"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 Command = Callable[["JobServer", argparse.Namespace, Console], int]
@@ -27,16 +29,17 @@ Command = Callable[["JobServer", argparse.Namespace, Console], int]
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Put the four commands into the parser of jobs/__main__.py."""
-    submit = commands.add_parser("submit", help="run a job on a Ray cluster")
+    text = "run a job on a Ray cluster; prints the id that status, logs and stop want"
+    submit = commands.add_parser("submit", help=text, description=text)
     submit.set_defaults(command=_with_server(_submit))
-    submit.add_argument("job", metavar="JOB.yaml")
+    submit.add_argument("job", metavar="JOB.yaml", help=JOB_HELP)
     _add_address(submit)
     submit.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="section.field=value",
-        help="override one field of the job (may be repeated)",
+        help=SET_HELP,
     )
     submit.add_argument(
         "--image-code",
@@ -58,7 +61,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=_with_server(command))
-        sub.add_argument("id", metavar="ID")
+        sub.add_argument("id", metavar="ID", help="as submit printed it")
         _add_address(sub)
         if name != "status":
             _add_waiting(sub)

@@ -56,7 +56,8 @@ class PromptSettings(Settings):
         None,
         min_length=1,
         max_length=8000,
-        description="instead of a preset; {name} is the manifest's column of that name",
+        description="instead of a preset, and of what the section audio asks; {name} is the manifest's"
+        " column of that name",
     )
     max_variable_chars: int = Field(
         1000,

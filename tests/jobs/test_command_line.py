@@ -14,7 +14,7 @@ import yaml
 from conftest import S3Server
 from PIL import Image
 
-from jobs.__main__ import main
+from jobs.__main__ import _parser, main
 from jobs.exits import BROKEN, FINISHED, REFUSED, TERMINATED
 from pipeline.job_file import load_job
 
@@ -38,6 +38,14 @@ def job(nano: Path, tmp_path: Path) -> Path:
     }
     file.write_text(yaml.safe_dump(sections))
     return file
+
+
+def test_every_command_and_option_says_what_it_is() -> None:
+    (commands,) = (one for one in _parser()._actions if isinstance(one.choices, dict))
+    assert commands.choices
+    for name, command in commands.choices.items():
+        assert command.description, name
+        assert [one.dest for one in command._actions if not one.help] == [], name
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
