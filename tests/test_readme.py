@@ -3,6 +3,7 @@
 The list of files is a fenced block tagged `map`, one file a line: path, two spaces or more, text.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,8 +11,12 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from operators.schema import FAILED, RESULTS
 from pipeline.job_file import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,3 +126,30 @@ def test_every_job_of_a_command_loads_with_its_overrides(call: list[str]) -> Non
     overrides = [value for option, value in pairwise(call) if option == "--set"]
     for job in jobs:
         load_job(ROOT / job, overrides)
+
+
+def test_the_sql_reads_the_newest_answers_alone(tmp_path: Path) -> None:
+    """Two questions were asked of one output; a row of each would be one asset twice."""
+    for fingerprint in ("older", "newer"):
+        for name, schema, codes in (
+            ("results", RESULTS, {"a": None, "b": "decode.corrupt"}),
+            ("failures", FAILED, {"b": "decode.corrupt"}),
+        ):
+            rows = [
+                {"uri": uri, "text": fingerprint, "status": "failed" if code else "ok"}
+                | {"error_code": code}
+                for uri, code in codes.items()
+            ]
+            part = tmp_path / fingerprint / name / "part.parquet"
+            part.parent.mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+    (tmp_path / "latest.json").write_text(json.dumps({"fingerprint": "newer"}))
+    text = "".join(blocks("sql"))
+    assert "out/demo" in text
+    with duckdb.connect() as db:
+        said = [
+            db.execute(statement).fetchall()
+            for statement in text.replace("out/demo", str(tmp_path)).split(";")
+            if statement.strip()
+        ]
+    assert said[1:] == [[("a", "newer")], [("decode.corrupt", 1)]]
