@@ -1,5 +1,5 @@
 # Head, CPU workers, submitter, and the engine of a cluster without GPUs. Built by deploy/build from the
-# repository's root. The same pins and steps as deploy/setup cpu; no weights but the 6 MB nano checkpoint.
+# repository's root. The same pins and steps as deploy/setup cpu; no weights but the 11 MB nano checkpoint.
 FROM python:3.11-slim-bookworm
 
 # wget: KubeRay's health checks call it. rsync: Ray's cluster launcher puts its files into the container
