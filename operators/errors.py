@@ -45,7 +45,9 @@ FAILURES: dict[str, Failure] = {
     ),
     "prepare.too_long": Failure("prompt and media exceed model.max_model_len"),
     "generate.looped": Failure("the answer repeated itself"),
-    "generate.truncated": Failure("the answer hit sampling.max_tokens"),
+    "generate.truncated": Failure(
+        "the answer hit sampling.max_tokens, or what a video's sound or summary may have"
+    ),
     "generate.refused": Failure("the model says that it cannot transcribe, instead of doing so"),
     "generate.rejected": Failure("the engine refused the request"),
     "generate.interrupted": Failure("the engine broke the request off", transient=True),

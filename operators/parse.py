@@ -200,7 +200,8 @@ def check(answer: Mapping[str, Any], spoken: bool = False) -> None:
         raise MediaError("generate.looped", f"the answer repeats itself: ...{tail}")
     raise MediaError(
         "generate.truncated",
-        f"no end after {answer['output_tokens']} tokens (sampling.max_tokens): ...{tail}",
+        f"no end after {answer['output_tokens']} tokens (sampling.max_tokens; a video's sound and summary"
+        f" have their own): ...{tail}",
     )
 
 

@@ -171,11 +171,13 @@ RESULTS = pa.schema(
         ("modality", pa.string()),
         ("status", pa.string()),  # ok | empty | partial | failed
         ("text", pa.string()),
+        # as the job or the manifest says; nothing tells it from the sound
         ("language", pa.string()),
         ("segments", pa.list_(SEGMENT)),
         # a video's sound; of a recording, text and segments are that
         ("transcript", pa.string()),
         ("transcript_segments", pa.list_(SEGMENT)),
+        # JSON: the list of tags (preset tags), or translations with their times (audio.translate_to)
         ("structured", pa.string()),
         ("width_px", pa.int32()),
         ("height_px", pa.int32()),
@@ -187,8 +189,11 @@ RESULTS = pa.schema(
         ("prompt_tokens", pa.int64()),
         ("media_tokens", pa.int64()),
         ("output_tokens", pa.int64()),
+        # of the first span that failed; the message is that of all of them
         *ERROR,
+        # the most that a span's file took
         ("attempts", pa.int32()),
+        # the newest that worked on it
         ("run_id", pa.string()),
     ]
 )

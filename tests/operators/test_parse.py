@@ -58,6 +58,10 @@ def test_an_answer_that_did_not_end_is_a_failure_that_shows_its_tail(
     assert (done["status"], done["error_code"], done["error_stage"]) == ("failed", code, "generate")
     assert done["text"] is None
     assert str(done["error_message"]).endswith("a very")
+    # of a video's sound and summary it would be advice to ask everything anew, and for nothing
+    assert ("a video's sound and summary have their own" in str(done["error_message"])) == (
+        code == "generate.truncated"
+    )
     # what it cost is still counted
     assert done["output_tokens"] == 5
 
