@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from operators.schema import DIVIDED, FOUND
 from operators.tracks import FRAMES, sound_tracks
 from pipeline.cluster import Connect
 from pipeline.config import Job
+
+# A number, and of what: pipeline/progress.py
+SayCount = Callable[[int, str], None]
 
 ROWS_A_TASK = 32
 # A probe waits for the store and for ffprobe; it computes little.
@@ -49,8 +53,13 @@ def divider(job: Job) -> Divide:
     return Divide(local_files(job), partial(speech_tracks, audio=job.audio), unread)
 
 
-def divide_files(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
-    """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do."""
+def divide_files(
+    job: Job, db: duckdb.DuckDBPyConnection, connect: Connect, progress: SayCount
+) -> None:
+    """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do.
+
+    Files in a store are read whole, which takes hours where there are many, so `progress` hears of it.
+    """
     db.register("nothing", DIVIDED.empty_table())
     db.execute("CREATE TABLE divided AS SELECT * FROM nothing")
     columns = ", ".join(FOUND.names)
@@ -65,6 +74,9 @@ def divide_files(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> N
         batch_format="pyarrow",
         num_cpus=PROBE_CPUS,
     )
+    files, read = sum(block.num_rows for block in blocks), 0
     for table in probed.iter_batches(batch_size=None, batch_format="pyarrow"):
         db.register("batch", table)
         db.execute("INSERT INTO divided SELECT * FROM batch")
+        read += len(table["asset_id"].unique())
+        progress(read, f"of {files:,} files measured")

@@ -29,7 +29,7 @@ from pipeline import ledger
 from pipeline.cluster import Connect
 from pipeline.compute import Lengths
 from pipeline.config import Job
-from pipeline.divide import divide_files
+from pipeline.divide import SayCount, divide_files
 from pipeline.parts import batches, parquet_bytes, tables
 from pipeline.source import Source
 from pipeline.store import Store
@@ -109,7 +109,7 @@ def make_plan(
     store: Store,
     run_id: str,
     connect: Connect,
-    progress: Callable[[int], None] = lambda assets: None,
+    progress: SayCount = lambda number, what: None,
 ) -> Plan:
     """List, drop duplicates, cut into spans, take away what the ledger has.
 
@@ -142,7 +142,7 @@ def make_plan(
         USING (asset_id, division, span_count) WHERE spans = span_count"""
     )
     db.execute("CREATE TABLE unfinished AS SELECT * FROM found ANTI JOIN finished USING (asset_id)")
-    DIVIDE[job.modality](job, db, connect)
+    DIVIDE[job.modality](job, db, connect, progress)
     db.execute(
         """CREATE VIEW spans AS
         SELECT printf('%s-%05d-%s', asset_id, span_index, division) AS span_id,
@@ -199,7 +199,7 @@ def write_plan(
     return tuple(names)
 
 
-def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
+def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect, progress: SayCount) -> None:
     """An image is one span."""
     db.execute(
         f"""CREATE TABLE divided AS
@@ -211,16 +211,14 @@ def one_span(job: Job, db: duckdb.DuckDBPyConnection, connect: Connect) -> None:
 
 
 # How the assets of a modality are cut into spans: fills `divided` from `unfinished`.
-DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection, Connect], None]] = {
+DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection, Connect, SayCount], None]] = {
     "image": one_span,
     "audio": divide_files,
     "video": divide_files,
 }
 
 
-def _list(
-    job: Job, db: duckdb.DuckDBPyConnection, progress: Callable[[int], None]
-) -> tuple[int, Counter[str]]:
+def _list(job: Job, db: duckdb.DuckDBPyConnection, progress: SayCount) -> tuple[int, Counter[str]]:
     source = Source(job.input, job.modality, EXTENSIONS[job.modality])
     db.register("empty", FOUND.empty_table())
     db.execute("CREATE TABLE listed AS SELECT *, 0::BIGINT AS place FROM empty")
@@ -233,7 +231,7 @@ def _list(
         db.register("batch", rows.append_column("place", places))
         db.execute("INSERT INTO listed SELECT * FROM batch")
         listed += rows.num_rows
-        progress(listed)
+        progress(listed, "assets listed")
         if listed == job.limits.max_assets:
             break
     db.execute(

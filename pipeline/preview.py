@@ -19,7 +19,7 @@ from pipeline.cluster import cluster, cluster_nodes
 from pipeline.compute import compute
 from pipeline.config import Job
 from pipeline.plan import make_plan, scratch
-from pipeline.progress import clock, listing
+from pipeline.progress import clock, planning
 from pipeline.prompts import job_prompts
 from pipeline.run import folder_store, look_at_output, new_run_id
 from pipeline.store import Store
@@ -34,7 +34,7 @@ def preview(job: Job, console: Console) -> None:
     look_at_output(job)
     with scratch() as db, cluster(job.limits.wait_for_workers_s, say) as connect:
         folder = folder_store(job)
-        plan = make_plan(job, db, folder, new_run_id(), connect, listing(console))
+        plan = make_plan(job, db, folder, new_run_id(), connect, planning(console))
         console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)
         if not plan.spans_todo:
             return

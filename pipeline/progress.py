@@ -21,7 +21,7 @@ from pipeline.strikes import beside_driver
 
 QUIET_EVERY_S = 30.0
 LIVE_EVERY_S = 0.5
-LISTING_EVERY_S = 5.0
+PLANNING_EVERY_S = 5.0
 
 # Below this share of full the engines wait for tensors; above the other, the workers wait for engines.
 STARVED, FULL = 0.5, 0.9
@@ -141,15 +141,15 @@ def shown(
         thread.join(timeout=10)
 
 
-def listing(console: Console) -> Callable[[int], None]:
-    """Says how many assets are listed, each few seconds."""
+def planning(console: Console) -> Callable[[int, str], None]:
+    """Says how far a plan is, each few seconds: a number, and of what."""
     said = time.monotonic()
 
-    def say(assets: int) -> None:
+    def say(number: int, what: str) -> None:
         nonlocal said
-        if time.monotonic() - said >= LISTING_EVERY_S:
+        if time.monotonic() - said >= PLANNING_EVERY_S:
             said = time.monotonic()
-            console.print(f"  {assets:,} assets listed so far", highlight=False)
+            console.print(f"  {number:,} {what} so far", highlight=False)
 
     return say
 

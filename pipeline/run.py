@@ -58,7 +58,7 @@ from pipeline.graph import (
 from pipeline.lease import Lease, LeasedStore, OutdatedError
 from pipeline.plan import FOLDER as PLAN_FOLDER
 from pipeline.plan import MEDIA, Plan, make_plan, scratch, write_plan
-from pipeline.progress import Progress, Reporter, listing, open_tally, shown
+from pipeline.progress import Progress, Reporter, open_tally, planning, shown
 from pipeline.prompts import job_prompts
 from pipeline.report import write_latest, write_report, write_run
 from pipeline.source import SourceError
@@ -126,7 +126,7 @@ def _attempt(
     folder = folder_store(job)
     with scratch() as db:
         console.print(f"job {job.fingerprint}: listing {redact(job.input.uri)}", highlight=False)
-        plan = make_plan(job, db, folder, run_id, connect, listing(console))
+        plan = make_plan(job, db, folder, run_id, connect, planning(console))
         if plan.assets == 0 and not job.input.allow_empty:
             raise SourceError(f"{redact(job.input.uri)}: no file matches. {plan.line()}")
         console.print(plan.line(), highlight=False)

@@ -94,7 +94,7 @@ def commit(folder: Store, name: str, rows: list[Row], run_id: str, outcome: Outc
 def divide(monkeypatch: pytest.MonkeyPatch, modality: str, *tracks: Track) -> None:
     """Cut each file into these tracks from now on."""
 
-    def cut(job: Job, db: duckdb.DuckDBPyConnection, connect: object) -> None:
+    def cut(job: Job, db: duckdb.DuckDBPyConnection, *_: object) -> None:
         ids = [row[0] for row in db.execute("SELECT asset_id FROM unfinished").fetchall()]
         rows = [row for asset_id in ids for row in divided(asset_id, list(tracks))]
         db.register("rows", pa.Table.from_pylist(rows, schema=DIVIDED))
