@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.arguments import add_storage_options
+from jobs.arguments import add_job, add_storage_options
 from jobs.evaluate import add_command as add_evaluate
 from jobs.exits import (
     BROKEN,
@@ -25,7 +25,7 @@ from jobs.exits import (
     Terminated,
     exit_code_of,
 )
-from jobs.submit import JOB_HELP, SET_HELP, add_commands
+from jobs.submit import add_commands
 from pipeline.config import ConfigError
 from pipeline.job_file import load_job
 
@@ -149,14 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        sub.add_argument("job", metavar="JOB.yaml", help=JOB_HELP)
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="section.field=value",
-            help=SET_HELP,
-        )
+        add_job(sub)
         if name == "run":
             sub.add_argument(
                 "--show", type=int, default=20, metavar="N", help="print the first N answers (20)"
@@ -165,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("verify", help=text, description=text)
     sub.set_defaults(command=_verify)
     sub.add_argument(
-        "output", metavar="OUTPUT", help="its newest question, or OUTPUT/<fingerprint>"
+        "output", metavar="OUTPUT", help="its newest fingerprint, or OUTPUT/<fingerprint>"
     )
     add_storage_options(sub)
     add_evaluate(commands)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import add_storage_options
+from jobs.arguments import add_overrides, add_storage_options
 from jobs.exits import BROKEN, FINISHED, HELD, REFUSED
-from jobs.submit import SET_HELP
 
 if TYPE_CHECKING:
     from operators.score import Edits
@@ -37,7 +36,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=command)
     sub.add_argument(
-        "output", nargs="?", metavar="OUTPUT", help="its newest question, or OUTPUT/<fingerprint>"
+        "output",
+        nargs="?",
+        metavar="OUTPUT",
+        help="its newest fingerprint, or OUTPUT/<fingerprint>",
     )
     sub.add_argument(
         "--references",
@@ -64,9 +66,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     sub.add_argument("--sample", type=int, default=50, metavar="N", help="files of a sweep (50)")
     sub.add_argument("--seed", type=int, default=0, help="which files (0)")
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="section.field=value", help=SET_HELP
-    )
+    add_overrides(sub)
 
 
 def command(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from jobs.arguments import add_job
 from jobs.exits import BROKEN, FINISHED, TERMINATED, UNFINISHED, Terminated, exit_code_of
 from pipeline.config import ConfigError, Job
 from pipeline.job_file import load_job, read_job
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from pipeline.submit import JobServer, State
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
-JOB_HELP = "job file, such as those in jobs/examples"
-SET_HELP = "override one field of the job (may be repeated)"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 Command = Callable[["JobServer", argparse.Namespace, Console], int]
@@ -32,15 +31,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "run a job on a Ray cluster; prints the id that status, logs and stop want"
     submit = commands.add_parser("submit", help=text, description=text)
     submit.set_defaults(command=_with_server(_submit))
-    submit.add_argument("job", metavar="JOB.yaml", help=JOB_HELP)
+    add_job(submit)
     _add_address(submit)
-    submit.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.field=value",
-        help=SET_HELP,
-    )
     submit.add_argument(
         "--image-code",
         action="store_true",
