@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from operators.fetch import Ref
 from operators.local_files import LocalFile
 from operators.probe import probe_audio
 from operators.probe_video import probe_video
+from operators.ranged import Ranged, WholeFileError
 from operators.schema import DIVIDED
 from operators.settings import AudioSettings, VideoSettings
 from operators.shots import spans as video_spans
@@ -36,16 +37,19 @@ SILENT = frozenset({"decode.no_audio", "decode.too_short"})
 class Divide:
     """Batch callable: FOUND -> DIVIDED, one row a span.
 
-    `tracks` reads a node-local file. What it cannot read is one span of the track `unread`: the media
-    stage then meets the same fault, and gives it its code.
+    `tracks` reads a header: of a remote file as far as its blocks go, else of the whole, node-local one.
+    What it cannot read is one span of the track `unread`: the media stage then meets the same fault, and
+    gives it its code.
     """
 
     def __init__(
         self,
+        ranges: Callable[[Ref], AbstractContextManager[Ranged | None]],
         files: Callable[[Ref, str | None], AbstractContextManager[LocalFile]],
-        tracks: Callable[[str], list[Track]],
+        tracks: Callable[[str | Ranged], list[Track]],
         unread: str,
     ) -> None:
+        self._ranges = ranges
         self._files = files
         self._tracks = tracks
         self._unread = unread
@@ -55,8 +59,13 @@ class Divide:
         return pa.Table.from_pylist(rows, schema=DIVIDED)
 
     def _rows(self, asset: dict[str, Any]) -> list[dict[str, Any]]:
+        ref = Ref.of(asset)
+        # A fault is told by the whole file alone.
+        with suppress(MediaError, WholeFileError), self._ranges(ref) as remote:
+            if remote is not None:
+                return divided(asset["asset_id"], self._tracks(remote))
         try:
-            with self._files(Ref.of(asset), asset["version"]) as file:
+            with self._files(ref, asset["version"]) as file:
                 tracks = self._tracks(file.path)
         except MediaError:
             tracks = [Track(self._unread, [(None, None)])]
@@ -85,29 +94,29 @@ def divided(asset_id: str, tracks: list[Track]) -> list[dict[str, Any]]:
     return rows
 
 
-def speech_tracks(path: str, audio: AudioSettings) -> list[Track]:
-    """The tracks of a recording: one, or one a channel. Raises MediaError as probe_audio."""
-    sound = probe_audio(path, audio)
+def speech_tracks(file: str | Ranged, audio: AudioSettings) -> list[Track]:
+    """The tracks of a recording: one, or one a channel. Raises as probe_audio."""
+    sound = probe_audio(file, audio)
     return [
         Track(name, [*spans(sound.duration_s, audio)])
         for name in sound_tracks(sound.channels, audio)
     ]
 
 
-def video_tracks(path: str, video: VideoSettings, audio: AudioSettings) -> list[Track]:
+def video_tracks(file: str | Ranged, video: VideoSettings, audio: AudioSettings) -> list[Track]:
     """The tracks of a video: its pictures, where asked its sound, and a summary of both.
 
     A video without sound has no sound track. One without pictures has a span of them, which fails
-    with its code, beside its sound. Raises MediaError where neither can be read.
+    with its code, beside its sound. Raises MediaError where neither can be read, and WholeFileError.
     """
     seen: MediaError | None = None
     try:
-        tracks = [Track(FRAMES, [*video_spans(probe_video(path, video).duration_s, video)])]
+        tracks = [Track(FRAMES, [*video_spans(probe_video(file, video).duration_s, video)])]
     except MediaError as error:
         seen, tracks = error, [UNREAD]
     if video.transcribe:
         try:
-            tracks += speech_tracks(path, audio)
+            tracks += speech_tracks(file, audio)
         except MediaError as error:
             if seen is not None:
                 raise seen from error

@@ -31,6 +31,8 @@ FORMATS = (
 # subfile: the beginning of a local file (VideoFacts.url)
 PROTOCOLS = "file,pipe,subfile"
 INPUT = ("-protocol_whitelist", PROTOCOLS, "-format_whitelist", FORMATS)
+# Of a file in a store: ranged.py, whose URL no proxy knows.
+REMOTE = ("-protocol_whitelist", "http,tcp", "-format_whitelist", FORMATS, "-http_proxy", "")
 # Of what it says: the first lines name the cause, thousands may follow.
 MESSAGE_BYTES = 4000
 READ_BYTES = 1 << 20

@@ -13,12 +13,13 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, BinaryIO
 
 import ffmpeg
 
 from operators.errors import MediaError
-from operators.ffmpeg_child import FORMATS, INPUT, PROTOCOLS, run
+from operators.ffmpeg_child import FORMATS, INPUT, PROTOCOLS, REMOTE, run
+from operators.ranged import Ranged, WholeFileError
 from operators.settings import AudioSettings, VideoSettings
 
 LEAST_S = 0.1
@@ -70,9 +71,13 @@ class Sound:
     chained: bool
 
 
-def probe_audio(path: str, settings: AudioSettings) -> Sound:
-    """Raises MediaError: decode.unsupported, no_audio, too_short, corrupt, empty, and the limits'."""
-    header = read_header(path, settings, ENTRIES)
+def probe_audio(file: str | Ranged, settings: AudioSettings) -> Sound:
+    """Of a local path, or of a remote file whose header is enough.
+
+    Raises MediaError: decode.unsupported, no_audio, too_short, corrupt, empty, and the limits'; and
+    WholeFileError where a remote file must be read whole.
+    """
+    header = read_header(file, settings, ENTRIES)
     sound = next((s for s in header.streams if has_sound(s)), None)
     if sound is None:
         raise MediaError("decode.no_audio", "the file has no sound track")
@@ -80,14 +85,14 @@ def probe_audio(path: str, settings: AudioSettings) -> Sound:
     start = seconds(sound.get("start_time"))
     # Beside a picture the container's duration may be that of the picture.
     end = end_s(header, sound, alone=not any(map(is_video, header.streams)))
-    chained = "ogg" in header.formats and _is_chained(path)
+    chained = "ogg" in header.formats and _is_chained(file)
     guessed = end is None or header.guessed or chained
-    promised = _wav_length_s(path) if guessed and "wav" in header.formats else None
+    promised = _wav_length_s(file) if guessed and "wav" in header.formats else None
     counted = guessed and promised is None
     if promised is not None:
         end = first + promised
     elif counted:
-        end = first + count_packets(path, settings, f"0:{sound['index']}")
+        end = first + count_packets(file, settings, f"0:{sound['index']}")
     assert end is not None  # noqa: S101
     start_s = max(0.0, (first if start is None else start) - origin)
     if end - origin - start_s < LEAST_S:
@@ -120,10 +125,15 @@ class Header:
     guessed: bool
 
 
-def read_header(path: str, settings: AudioSettings | VideoSettings, entries: str) -> Header:
-    """Raises MediaError where the file cannot be read as media at all."""
-    command = ["ffprobe", "-v", "warning", *INPUT, "-of", "json", "-show_entries", entries]
-    done = run([*command, "-i", f"file:{path}"], settings, most_bytes=1 << 20)
+def read_header(
+    file: str | Ranged, settings: AudioSettings | VideoSettings, entries: str
+) -> Header:
+    """Raises MediaError where the file cannot be read as media at all, and WholeFileError."""
+    where = [*INPUT, "-i", f"file:{file}"] if isinstance(file, str) else [*REMOTE, "-i", file.url]
+    command = ["ffprobe", "-v", "warning", "-of", "json", "-show_entries", entries]
+    done = run([*command, *where], settings, most_bytes=1 << 20)
+    if isinstance(file, Ranged):
+        file.check()
     if done.status != 0:
         raise done.failure()
     try:
@@ -143,8 +153,11 @@ def read_header(path: str, settings: AudioSettings | VideoSettings, entries: str
     )
 
 
-def count_packets(path: str, settings: AudioSettings | VideoSettings, stream: str) -> float:
+def count_packets(
+    file: str | Ranged, settings: AudioSettings | VideoSettings, stream: str
+) -> float:
     """Where the last packet ends, from the first timestamp. Reads all, decodes nothing, remembers."""
+    path = whole(file)
     status = os.stat(path)
     return _counted_s(path, (status.st_size, status.st_mtime_ns), settings, stream)
 
@@ -181,6 +194,13 @@ def end_s(header: Header, stream: dict[str, Any], *, alone: bool) -> float | Non
     return None if whole is None or not alone else header.first_s + whole
 
 
+def whole(file: str | Ranged) -> str:
+    """The path of a file that is here. Raises WholeFileError for a remote one."""
+    if isinstance(file, Ranged):
+        raise WholeFileError
+    return file
+
+
 def refuse_years(duration_s: float) -> None:
     """Raises MediaError decode.corrupt for a length that no file has."""
     if duration_s > MOST_S:
@@ -207,36 +227,40 @@ def seconds(value: str | None) -> float | None:
         return None
 
 
-def _is_chained(path: str) -> bool:
+def _opened(file: str | Ranged) -> BinaryIO:
+    return open(file, "rb") if isinstance(file, str) else file.open()
+
+
+def _is_chained(file: str | Ranged) -> bool:
     """Whether the last page of an Ogg file belongs to none of the streams that it starts with."""
-    with open(path, "rb") as file:
-        first = file.read(OGG_PAGES_BYTES)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - OGG_PAGES_BYTES))
-        last = [found[2] for found in OGG_PAGE.finditer(file.read())]
+    with _opened(file) as data:
+        first = data.read(OGG_PAGES_BYTES)
+        data.seek(max(0, data.seek(0, os.SEEK_END) - OGG_PAGES_BYTES))
+        last = [found[2] for found in OGG_PAGE.finditer(data.read())]
     # all streams of a link begin before the first of them goes on
     begins = takewhile(lambda found: found[1][0] & OGG_BEGINS, OGG_PAGE.finditer(first))
     begun = {found[2] for found in begins}
     return bool(last) and last[-1] not in begun
 
 
-def _wav_length_s(path: str) -> float | None:
+def _wav_length_s(file: str | Ranged) -> float | None:
     """What a WAV's own header says, which ffmpeg passes over in silence where the file is cut off.
 
     None where there is no length: a recorder that writes to a pipe leaves 0 or the largest number.
     """
     rate = 0
-    with open(path, "rb") as file:
-        if file.read(12)[:4] != b"RIFF":
+    with _opened(file) as data:
+        if data.read(12)[:4] != b"RIFF":
             return None
         for _ in range(WAV_CHUNKS):
-            head = file.read(8)
+            head = data.read(8)
             if len(head) < 8:
                 return None
             size = int.from_bytes(head[4:], "little")
             if head[:4] == b"data":
                 return size / rate if rate and 0 < size < WAV_NO_LENGTH else None
-            start = file.tell()
+            start = data.tell()
             if head[:4] == b"fmt ":
-                rate = int.from_bytes(file.read(12)[8:], "little")
-            file.seek(start + size + size % 2)
+                rate = int.from_bytes(data.read(12)[8:], "little")
+            data.seek(start + size + size % 2)
     return None

@@ -26,7 +26,9 @@ from operators.probe import (
     read_header,
     refuse_years,
     seconds,
+    whole,
 )
+from operators.ranged import Ranged
 from operators.settings import VideoSettings
 
 ENTRIES = (
@@ -111,9 +113,13 @@ class VideoFacts:
         return 1 / self.average_fps
 
 
-def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
-    """Raises MediaError: decode.unsupported, no_video, corrupt, and the limits'."""
-    header = read_header(path, settings, ENTRIES)
+def probe_video(file: str | Ranged, settings: VideoSettings) -> VideoFacts:
+    """Of a local path, or of a remote file whose header is enough.
+
+    Raises MediaError: decode.unsupported, no_video, corrupt, and the limits'; and WholeFileError where
+    a remote file must be read whole.
+    """
+    header = read_header(file, settings, ENTRIES)
     stream = next((s for s in header.streams if is_video(s)), None)
     if stream is None:
         raise MediaError("decode.no_video", "the file has no moving pictures")
@@ -127,10 +133,11 @@ def probe_video(path: str, settings: VideoSettings) -> VideoFacts:
     # the end that ffprobe gives for a program stream is that of the last packet with a time
     counted = end is None or header.guessed or "mpeg" in header.formats
     if counted:
-        end = header.first_s + count_packets(path, settings, f"0:{stream['index']}")
+        end = header.first_s + count_packets(file, settings, f"0:{stream['index']}")
     assert end is not None  # noqa: S101
     clock = None
     if header.formats & NO_KEY_SEEK:
+        path = whole(file)
         status = os.stat(path)
         version = (status.st_size, status.st_mtime_ns)
         clock = _first_clock(path, version, stream["index"], settings)

@@ -1,7 +1,7 @@
 """Recordings and videos to spans: every unfinished one is probed on the cluster.
 
-The spans come back to the plan. Nothing is decoded; a remote file is read into its node's cache, where
-the media stage may find it.
+The spans come back to the plan. Nothing is decoded; of a remote file as much is read as its header needs,
+and where that is not enough all of it, into its node's cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import ray.data
 from operators.divide import Divide, speech_tracks, video_tracks
 from operators.fetch import PART_BYTES, Fetch
 from operators.local_files import LocalFiles
+from operators.ranged import Ranges
 from operators.schema import DIVIDED, FOUND
 from operators.tracks import FRAMES, sound_tracks
 from pipeline.cluster import Connect
@@ -34,10 +35,8 @@ PROBE_CPUS = 0.5
 
 def local_files(job: Job) -> LocalFiles:
     """The cache that all workers of a node share."""
-    # max_bytes is an image's, and here each request reads a part of a file
-    parts = {"max_bytes": max(job.fetch.max_bytes, PART_BYTES)}
     return LocalFiles(
-        Fetch(job.fetch.model_copy(update=parts), job.input.storage_options),
+        _fetch(job),
         str(Path(tempfile.gettempdir()) / f"polyscribe-files-{os.getuid()}"),
         max_file_bytes=job.fetch.max_file_bytes,
         max_bytes=job.fetch.max_cache_bytes,
@@ -46,11 +45,17 @@ def local_files(job: Job) -> LocalFiles:
 
 def divider(job: Job) -> Divide:
     """How this job's files are divided."""
+    read = Ranges(_fetch(job)), local_files(job)
     if job.modality == "video":
-        tracks = partial(video_tracks, video=job.video, audio=job.audio)
-        return Divide(local_files(job), tracks, FRAMES)
+        return Divide(*read, partial(video_tracks, video=job.video, audio=job.audio), FRAMES)
     unread = sound_tracks(1, job.audio)[0]
-    return Divide(local_files(job), partial(speech_tracks, audio=job.audio), unread)
+    return Divide(*read, partial(speech_tracks, audio=job.audio), unread)
+
+
+def _fetch(job: Job) -> Fetch:
+    # max_bytes is an image's, and here each request reads a part of a file
+    parts = {"max_bytes": max(job.fetch.max_bytes, PART_BYTES)}
+    return Fetch(job.fetch.model_copy(update=parts), job.input.storage_options)
 
 
 def divide_files(
@@ -58,7 +63,7 @@ def divide_files(
 ) -> None:
     """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do.
 
-    Files in a store are read whole, which takes hours where there are many, so `progress` hears of it.
+    A million headers in a store take an hour, so `progress` hears of it.
     """
     db.register("nothing", DIVIDED.empty_table())
     db.execute("CREATE TABLE divided AS SELECT * FROM nothing")

@@ -44,7 +44,7 @@ class InProcess:
 
 
 def test_measuring_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bucket of recordings is read whole for it: hours without a word looked like a run that hangs."""
+    """An hour without a word looks like a run that hangs."""
     monkeypatch.setattr(ray.data, "from_arrow", InProcess)
     gone = [
         {"asset_id": f"{number:032x}", "uri": f"{tmp_path}/{number}.wav", "version": "1"}
