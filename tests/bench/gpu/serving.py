@@ -34,6 +34,16 @@ class Setup:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+# Variables of the engine's processes, set before vLLM is imported.
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # On CUDA vLLM imports FlashInfer for its sampler and does not start without; answers are greedy.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+
+
 @dataclass
 class Counters:
     """What the engine's steps said: running sums, and (seconds, running, waiting, share of KV used)."""
@@ -58,9 +68,8 @@ class Server:
     @classmethod
     async def start(cls, checkpoint: str, setup: Setup, load_format: str) -> Server:
         """Load, compile, capture. Raises what vLLM raises."""
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
