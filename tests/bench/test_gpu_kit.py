@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from bench.gpu import kit
+from bench.gpu.plan import SETUPS
 
 LEFT_OUT = "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so"
 
@@ -100,6 +101,19 @@ def test_a_folder_that_holds_something_is_not_packed_over(
     kit.pack(wheels, tmp_path / "kit", VERSIONS, piece_mb=1)
     with pytest.raises(kit.KitError, match="is not empty"):
         kit.pack(wheels, tmp_path / "kit", VERSIONS, piece_mb=1)
+
+
+def test_the_kit_has_what_vllm_imports_before_any_quantisation() -> None:
+    # get_quantization_config imports every method's module, and those compressed-tensors and loguru
+    assert SETUPS["fp8"].extra["quantization"] == "fp8"
+    assert {"compressed-tensors", "loguru"} <= set(kit.pins(kit.REQUIREMENTS))
+
+
+def test_what_compiles_at_run_time_for_other_formats_stays_behind() -> None:
+    assert kit.is_left_out("vllm/third_party/deep_gemm/include/cute/arch/copy.hpp")
+    assert kit.is_left_out("vllm/third_party/deep_gemm/_C.cpython-312-x86_64-linux-gnu.so")
+    # FlashAttention 2 is left out, so that 3 must stay: vLLM's own package wants one of them
+    assert not kit.is_left_out("vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
 
 
 def test_every_line_of_the_list_is_pinned(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ LEFT_OUT = (
     "vllm/_moe_C_stable_libtorch.abi3.so",
     # 12 MB: the server in Rust, which nobody starts.
     "vllm/vllm-rs",
-    # other Pythons' builds, Blackwell's attention
-    *(f"vllm/third_party/deep_gemm/_C.cpython-{minor}-*" for minor in (310, 311, 313, 314)),
+    # DeepGEMM, which compiles at run time and serves FP8 in blocks: without it vLLM asks for none;
+    # Blackwell's attention
+    "vllm/third_party/deep_gemm/*",
     "vllm/third_party/fmha_sm100/*",
 )
 BLOCK_BYTES = 8 << 20
