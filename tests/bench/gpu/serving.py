@@ -31,6 +31,11 @@ class Setup:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 4096
     modalities: tuple[str, ...] = MODALITIES
+    # Tokenizers that are ready for the threads of `prepare_on`. A copy of the real size takes a second of
+    # the start, and one that is missing is made when it is asked for.
+    tokenizers: int = 1
+    # a module without which this engine does not start
+    needs: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,8 +89,7 @@ class Server:
             # Every file comes once: caches would only hash and copy.
             "enable_prefix_caching": False,
             "mm_processor_cache_gb": 0,
-            # tokenizers for as many threads as `prepare_on` may ask for
-            "renderer_num_workers": 16,
+            "renderer_num_workers": setup.tokenizers,
             "worker_extension_cls": "bench.gpu.embedder.Embedders",
         }
         counters = Counters()
@@ -126,6 +130,11 @@ class Server:
 
     async def use_embedder(self, way: str) -> None:
         await self.llm.collective_rpc("use_embedder", args=(way,))
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's process has ended: it answers nothing any more."""
+        return bool(self.llm.errored)
 
     def kv_cache_tokens(self) -> int | None:
         """How many tokens the KV cache holds, as the engine counts them."""

@@ -76,6 +76,8 @@ async def stream(
             children_cpu_s(),
         )
 
+    # Media are made when they are first asked for, which takes seconds that are no warm-up.
+    await source(next(numbers))
     clients = [asyncio.create_task(client()) for _ in range(pace.in_flight)]
     try:
         started = time.perf_counter()
