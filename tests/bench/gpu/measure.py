@@ -6,13 +6,15 @@
 
 DIR is what checkpoint.py wrote. Each measure is written as it ends; a command begins none that would
 not end within --limit-s, so that several short commands do what one long one would. A measure that
-failed has an `error` and is not tried again (--retry does). plan.py is the list, table.py the tables.
+failed has an `error` and is not tried again (--retry does), nor are those of an engine that did not
+start. Where an engine dies, the next measure starts a new one. plan.py is the list, table.py the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -21,7 +23,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -34,7 +36,7 @@ sys.path[:0] = PATHS
 # the engine's process and the pool's import our modules as well
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
 
-from bench.gpu.plan import DRY, MEASURES, REAL, SETUPS, Measure, Scale  # noqa: E402
+from bench.gpu.plan import BASE, DRY, MEASURES, REAL, SETUPS, Measure, Scale  # noqa: E402
 from bench.gpu.serving import Server  # noqa: E402
 from bench.gpu.stream import decode_rate, stream  # noqa: E402
 from bench.gpu.tasks import TASKS, Feed  # noqa: E402
@@ -66,6 +68,10 @@ class Results:
         return any(
             line["measure"] == name and not (retry and "error" in line) for line in self.lines
         )
+
+    def failed(self, name: str) -> bool:
+        """Whether the last line of that name has an error."""
+        return "error" in next((x for x in reversed(self.lines) if x["measure"] == name), {})
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
@@ -100,7 +106,19 @@ def open_measures(asked: argparse.Namespace, results: Results) -> list[Measure]:
         for measure in MEASURES
         if (not asked.only or any(measure.name.startswith(prefix) for prefix in asked.only))
         and not results.has(measure.name, retry=asked.retry)
+        and startable(measure.setup, results, retry=asked.retry)
     ]
+
+
+def startable(setup: str | None, results: Results, *, retry: bool) -> bool:
+    """Whether the engine's module is there, and its and base's last start did not fail (retry: may)."""
+    if setup is None:
+        return True
+    needs = SETUPS[setup].needs
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        return False
+    # the others are base with one setting changed: where it fails, each would cost a start to fail as well
+    return retry or not any(results.failed(f"start/{each}") for each in (setup, BASE.name))
 
 
 def by_setup(measures: list[Measure]) -> Iterator[tuple[str | None, list[Measure]]]:
@@ -120,12 +138,18 @@ async def run(asked: argparse.Namespace) -> None:
             if name is None:
                 for measure in measures:
                     await take(measure, None, asked, scale, gpu, about, results, clock)
-            elif clock.left_s >= scale.start_s + measures[0].seconds:
-                await serve(name, measures, asked, scale, gpu, about, results, clock)
+                continue
+            while measures and clock.left_s >= scale.start_s + measures[0].seconds:
+                measures = await serve(name, measures, asked, scale, gpu, about, results, clock)
+            if results.failed(f"start/{BASE.name}"):
+                break
     finally:
         gpu.close()
     left = open_measures(asked, results)
     print(f"{len(left)} measures are left: {' '.join(each.name for each in left[:8])}")
+    out = [name for name in SETUPS if not startable(name, results, retry=False)]
+    if out:
+        print(f"left out, for a failed start or a module that is missing: {' '.join(out)}")
 
 
 async def serve(
@@ -137,16 +161,16 @@ async def serve(
     about: dict[str, Any],
     results: Results,
     clock: Clock,
-) -> None:
-    """Start one engine, and take its measures while there is time."""
+) -> list[Measure]:
+    """Start one engine, and take its measures while there is time. Those left where it died."""
     setup = scale.setup(SETUPS[name])
     try:
         server = await Server.start(str(asked.checkpoint), setup, scale.load_format)
     except Exception:  # noqa: BLE001  (whatever vLLM raises: the other engines may still start)
+        # once, and not for each measure: what the engine's own process said must stay in sight
         error = traceback.format_exc()[-2000:]
-        for measure in measures:
-            results.add({"measure": measure.name, **about, "error": error})
-        return
+        results.add({"measure": f"start/{name}", **about, "error": error})
+        return []
     results.add(
         {
             "measure": f"start/{name}",
@@ -157,15 +181,30 @@ async def serve(
         }
     )
     feeds: dict[str, Feed] = {}
+
+    async def one(measure: Measure) -> None:
+        nonlocal feeds
+        if measure.task not in feeds:
+            feeds = {measure.task: feed_of(measure.task, asked.checkpoint, scale)}
+        await take(measure, server, asked, scale, gpu, about, results, clock, feeds[measure.task])
+
     try:
-        for measure in measures:
-            if measure.task not in feeds:
-                feeds = {measure.task: feed_of(measure.task, asked.checkpoint, scale)}
-            await take(
-                measure, server, asked, scale, gpu, about, results, clock, feeds[measure.task]
-            )
+        return await take_each(measures, one, lambda: server.dead)
     finally:
         await server.close()
+
+
+async def take_each(
+    measures: Sequence[Measure],
+    one: Callable[[Measure], Awaitable[None]],
+    dead: Callable[[], bool],
+) -> list[Measure]:
+    """Take the measures in their order. Those that are left when the engine has died."""
+    for at, measure in enumerate(measures):
+        await one(measure)
+        if dead():
+            return list(measures[at + 1 :])
+    return []
 
 
 def feed_of(task: str, checkpoint: Path, scale: Scale) -> Feed:
