@@ -7,7 +7,7 @@
 KIT holds kit.json and piece-00, piece-01, ...: a tar of all packages, cut into blocks that are each
 compressed with xz and hashed, so that 16 cores unpack them at once. Carry the pieces in any order and
 in as many steps as it takes; `check` names what is missing. `unpack` ends with the line that puts SITE in
-front of PYTHONPATH; a second kit may go into the same SITE.
+front of PYTHONPATH. A second kit goes into a SITE of its own: what is there, vLLM uses at every start.
 Only the standard library is used on the other side.
 """
 
