@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bench.gpu import plan
-from bench.gpu.measure import Results, open_measures, startable, take_each
+from bench.gpu.measure import PATHS, Results, environment, open_measures, startable, take_each
 from bench.gpu.plan import MEASURES, SETUPS, Measure
 
 
@@ -70,3 +72,11 @@ def test_only_an_engine_that_is_asked_for_raw_media_on_threads_prepares_tokenize
     for name, setup in SETUPS.items():
         raw = [each.threads for each in MEASURES if each.setup == name and each.form == "raw"]
         assert setup.tokenizers <= max(raw, default=1)
+
+
+def test_our_threads_have_one_of_torchs_each_as_vllms_own_processor_has(tmp_path: Path) -> None:
+    assert environment(tmp_path)["OMP_NUM_THREADS"] == "1"
+    # which torch reads when it is first imported: not before the variables are set
+    code = f"import sys; sys.path[:0] = {PATHS}; import bench.gpu.measure; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

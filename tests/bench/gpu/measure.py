@@ -33,14 +33,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 PATHS = [str(ROOT), str(ROOT / "tests")]
 sys.path[:0] = PATHS
-# the engine's process and the pool's import our modules as well
-os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
 
 from bench.gpu.plan import BASE, DRY, MEASURES, REAL, SETUPS, Measure, Scale  # noqa: E402
 from bench.gpu.serving import Server  # noqa: E402
 from bench.gpu.stream import decode_rate, stream  # noqa: E402
 from bench.gpu.tasks import TASKS, Feed  # noqa: E402
 from bench.gpu.telemetry import GpuMeter  # noqa: E402
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Variables of this process and those below it, set before torch and vLLM are imported."""
+    return {
+        # the engine's process and the pool's import our modules as well
+        "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]),
+        # Ray gives the product's actor its own share of the cores, and vLLM's processor takes one thread;
+        # left alone, each of our threads that makes tensors would have torch take all cores.
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(work / "vllm"),
+        "TRITON_CACHE_DIR": str(work / "triton"),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
 
 
 class Clock:
@@ -314,9 +326,7 @@ def main() -> None:
         return
     if asked.checkpoint is None:
         parser.error("--checkpoint is needed")
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(asked.work / "vllm"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(asked.work / "triton"))
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.update(environment(asked.work))
     asyncio.run(run(asked))
 
 

@@ -86,7 +86,6 @@ class Media:
         self._room = asyncio.Semaphore(slots)
         self._memory = SharedMemory(create=True, size=slots * self._slot_bytes)
         before = set(psutil.Process().children(recursive=True))
-        os.environ["OMP_NUM_THREADS"] = "1"
         self._pool = ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), _attach, (self._memory.name,)
         )
