@@ -142,6 +142,7 @@ def by_setup(measures: list[Measure]) -> Iterator[tuple[str | None, list[Measure
 async def run(asked: argparse.Namespace) -> None:
     scale = DRY if asked.dry else REAL
     clock = Clock(asked.limit_s)
+    print(f"to end this with its engine: kill -- -{os.getpgid(0)}", flush=True)
     results = Results(asked.results)
     gpu = GpuMeter()
     about = machine(gpu)
