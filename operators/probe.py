@@ -36,7 +36,7 @@ REMEMBERED = 64
 GUESSED = "Estimating duration from bitrate"
 ENTRIES = (
     "format=format_name,start_time,duration"
-    ":stream=index,codec_type,channels,sample_rate,start_time,duration:stream_tags=DURATION"
+    ":stream=index,codec_type,channels,start_time,duration:stream_tags=DURATION"
     ":stream_disposition=attached_pic"
 )
 # Where to look for the data chunk; tags and cue points may stand before it.
@@ -62,7 +62,6 @@ class Sound:
     duration_s: float  # where the sound ends
     origin_s: float
     channels: int
-    sample_rate_hz: int
     # The file has no usable duration: the packets were counted.
     counted: bool
     # Its packets carry times; elsewhere ffmpeg counts them.
@@ -92,7 +91,8 @@ def probe_audio(file: str | Ranged, settings: AudioSettings) -> Sound:
     if promised is not None:
         end = first + promised
     elif counted:
-        end = first + count_packets(file, settings, f"0:{sound['index']}")
+        path = whole(file)
+        end = first + count_packets(path, file_version(path), sound["index"], settings)
     assert end is not None  # noqa: S101
     start_s = max(0.0, (first if start is None else start) - origin)
     if end - origin - start_s < LEAST_S:
@@ -104,7 +104,6 @@ def probe_audio(file: str | Ranged, settings: AudioSettings) -> Sound:
         duration_s=end - origin,
         origin_s=origin,
         channels=int(sound["channels"]),
-        sample_rate_hz=int(sound.get("sample_rate") or 0),
         counted=counted,
         timed=not header.formats & UNTIMED,
         chained=chained,
@@ -153,22 +152,20 @@ def read_header(
     )
 
 
-def count_packets(
-    file: str | Ranged, settings: AudioSettings | VideoSettings, stream: str
-) -> float:
-    """Where the last packet ends, from the first timestamp. Reads all, decodes nothing, remembers."""
-    path = whole(file)
+def file_version(path: str) -> tuple[int, int]:
+    """Bytes and time of change: what is remembered of a path holds as long as both stay."""
     status = os.stat(path)
-    return _counted_s(path, (status.st_size, status.st_mtime_ns), settings, stream)
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(REMEMBERED)
-def _counted_s(
-    path: str, version: tuple[int, int], settings: AudioSettings | VideoSettings, stream: str
+def count_packets(
+    path: str, version: tuple[int, int], index: int, settings: AudioSettings | VideoSettings
 ) -> float:
+    """Where the last packet ends, from the first timestamp. Reads all, decodes nothing."""
     args = (
         ffmpeg.input(f"file:{path}", format_whitelist=FORMATS, protocol_whitelist=PROTOCOLS)
-        .output("pipe:", format="null", map=stream, c="copy")
+        .output("pipe:", format="null", map=f"0:{index}", c="copy")
         .global_args("-nostdin", "-v", "error", "-progress", "pipe:1")
         .compile()
     )

@@ -6,7 +6,6 @@ which is that of its sound as well.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +20,7 @@ from operators.probe import (
     REMEMBERED,
     count_packets,
     end_s,
-    has_sound,
+    file_version,
     is_video,
     read_header,
     refuse_years,
@@ -34,7 +33,7 @@ from operators.settings import VideoSettings
 ENTRIES = (
     "format=format_name,start_time,duration"
     ":stream=index,codec_type,codec_name,width,height,sample_aspect_ratio,pix_fmt,field_order"
-    ",color_space,color_transfer,color_primaries,has_b_frames,r_frame_rate,avg_frame_rate,start_time,duration,channels"
+    ",color_space,color_transfer,color_primaries,has_b_frames,r_frame_rate,avg_frame_rate,start_time,duration"
     ":stream_tags=DURATION:stream_disposition=attached_pic,timed_thumbnails"
     ":stream_side_data=side_data_type,rotation"
 )
@@ -82,7 +81,6 @@ class VideoFacts:
     primaries: str  # "" where not given
     interlaced: bool | None  # None: the header does not say
     held_back: int  # pictures that a decoder keeps, because others come before them
-    has_sound: bool
     seeks_to_keys: bool
     # The file has no usable duration: the packets were counted.
     counted: bool
@@ -133,14 +131,13 @@ def probe_video(file: str | Ranged, settings: VideoSettings) -> VideoFacts:
     # the end that ffprobe gives for a program stream is that of the last packet with a time
     counted = end is None or header.guessed or "mpeg" in header.formats
     if counted:
-        end = header.first_s + count_packets(file, settings, f"0:{stream['index']}")
+        path = whole(file)
+        end = header.first_s + count_packets(path, file_version(path), stream["index"], settings)
     assert end is not None  # noqa: S101
     clock = None
     if header.formats & NO_KEY_SEEK:
         path = whole(file)
-        status = os.stat(path)
-        version = (status.st_size, status.st_mtime_ns)
-        clock = _first_clock(path, version, stream["index"], settings)
+        clock = _first_clock(path, file_version(path), stream["index"], settings)
         if clock is not None:
             end = clock.end_s
     start_s = max(0.0, (header.first_s if start is None else start) - header.origin_s)
@@ -171,7 +168,6 @@ def probe_video(file: str | Ranged, settings: VideoSettings) -> VideoFacts:
         primaries=_known(stream.get("color_primaries")),
         interlaced=None if order == "unknown" else order != "progressive",
         held_back=int(stream.get("has_b_frames") or 0),
-        has_sound=any(map(has_sound, header.streams)),
         seeks_to_keys=not header.formats & NO_KEY_SEEK,
         counted=counted,
         clock_bytes=None if clock is None else clock.bytes,

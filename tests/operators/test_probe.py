@@ -10,7 +10,7 @@ import pytest
 from sound import FORMATS, tone, write
 
 from operators.errors import MediaError
-from operators.probe import _counted_s, probe_audio
+from operators.probe import count_packets, probe_audio
 from operators.settings import AudioSettings
 
 SETTINGS = AudioSettings(timeout_s=60)
@@ -39,10 +39,10 @@ def test_a_wrong_extension_does_not_matter(tmp_path: Path) -> None:
     assert probe_audio(str(path), SETTINGS).duration_s == pytest.approx(2, abs=0.01)
 
 
-def test_channels_and_rate(tmp_path: Path) -> None:
+def test_channels(tmp_path: Path) -> None:
     stereo = np.stack([tone(1), tone(1)], axis=1)
     sound = probe_audio(str(write(tmp_path / "a.wav", stereo, "-ar", "44100")), SETTINGS)
-    assert (sound.channels, sound.sample_rate_hz) == (2, 44_100)
+    assert sound.channels == 2
 
 
 def test_the_container_may_be_longer_than_the_sound(tmp_path: Path) -> None:
@@ -58,12 +58,12 @@ def test_sound_whose_length_no_header_says_is_counted_once_for_all_spans(tmp_pat
     source = ("-f", "lavfi", "-i", "testsrc=d=3:s=64x64:r=5")
     options = ("-map", "0:v", "-map", "1:a", "-ar", "44100")
     path = _with_picture(tmp_path / "a.flv", source, options)
-    before = _counted_s.cache_info()
+    before = count_packets.cache_info()
     for _ in range(3):
         sound = probe_audio(str(path), SETTINGS)
         assert sound.counted
         assert sound.duration_s == pytest.approx(2, abs=0.1)
-    after = _counted_s.cache_info()
+    after = count_packets.cache_info()
     assert (after.misses, after.hits) == (before.misses + 1, before.hits + 2)
     # another file of that name is another one
     write(path, tone(1), "-vn", "-ar", "44100")
