@@ -11,7 +11,6 @@ import asyncio
 import errno
 import os
 import stat
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -81,11 +80,10 @@ class Ref:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The bytes, the attempts they took, and the seconds with all waiting between attempts."""
+    """The bytes, and the attempts they took."""
 
     data: bytes
     attempts: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -117,17 +115,16 @@ class Fetch:
 
     def __call__(self, ref: Ref) -> Fetched:
         """Read `ref`. Raises FetchError (a MediaError) with a fetch.* code."""
-        started = time.monotonic()
         limit = self._settings.max_bytes
         if ref.planned is not None and ref.planned > limit:
             raise _too_large(ref, "max_bytes", limit, 0)
         if ref.length == 0:  # no range means "nothing", so there is nothing to ask for
-            return Fetched(b"", 0, 0.0)
+            return Fetched(b"", 0)
         most = limit if ref.planned is None else ref.planned
         data, attempts = self._tried(ref, lambda: self._read(ref, most), "max_bytes", limit)
         if ref.planned is not None and len(data) != ref.planned:
-            raise _changed(ref, str(len(data)), attempts)
-        return Fetched(data, attempts, time.monotonic() - started)
+            raise changed(ref, str(len(data)), attempts)
+        return Fetched(data, attempts)
 
     def state(self, ref: Ref) -> State:
         """What the store says of the whole object, without reading it. Raises FetchError."""
@@ -163,7 +160,7 @@ class Fetch:
         except LongerError:
             if ref.planned is None:
                 raise _too_large(ref, setting, limit, _attempts(retrying)) from None
-            raise _changed(ref, "more", _attempts(retrying)) from None
+            raise changed(ref, "more", _attempts(retrying)) from None
         except StoreError as error:
             raise FetchError("fetch.unavailable", str(error), 0) from error
         except faults_of(ref.uri) as error:
@@ -228,7 +225,8 @@ def _too_large(ref: Ref, setting: str, limit: int, attempts: int) -> FetchError:
     return FetchError("fetch.too_large", message, attempts)
 
 
-def _changed(ref: Ref, found: str, attempts: int) -> FetchError:
+def changed(ref: Ref, found: str, attempts: int) -> FetchError:
+    """Other bytes than were planned; `found`: how many."""
     message = f"{redact(ref.uri)}: {ref.planned} bytes were listed, {found} are there"
     return FetchError("fetch.changed", message, attempts)
 

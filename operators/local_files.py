@@ -28,7 +28,7 @@ from typing import IO
 from blake3 import blake3
 
 from operators.errors import MediaError
-from operators.fetch import PART_BYTES, Fetch, FetchError, Ref, State
+from operators.fetch import PART_BYTES, Fetch, FetchError, Ref, State, changed
 from operators.stores import HTTP, LOCAL, classify, local_path, protocol, reason, redact
 
 BYTES, TURN = "bytes", "turn"
@@ -39,11 +39,10 @@ WAIT_S = 0.1
 
 @dataclass(frozen=True)
 class LocalFile:
-    """Where it is, and what that took."""
+    """Where it is, and the attempts that took."""
 
     path: str
     attempts: int
-    seconds: float
 
 
 class LocalFiles:
@@ -71,9 +70,8 @@ class LocalFiles:
     @contextmanager
     def __call__(self, ref: Ref, version: str | None) -> Iterator[LocalFile]:
         """Raises MediaError fetch.* and decode.empty."""
-        started = time.monotonic()
         if protocol(ref.uri) in LOCAL and ref.offset is None:
-            yield LocalFile(self._in_place(ref), 1, time.monotonic() - started)
+            yield LocalFile(self._in_place(ref), 1)
             return
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Without a version, yesterday's file would pass for today's.
@@ -85,7 +83,7 @@ class LocalFiles:
             with _locked(path, fcntl.LOCK_SH) as file:
                 if file is not None:
                     os.utime(file)
-                    yield LocalFile(str(path), attempts, time.monotonic() - started)
+                    yield LocalFile(str(path), attempts)
                     return
             attempts = self._read(ref, path, state)
 
@@ -100,8 +98,7 @@ class LocalFiles:
         if not stat.S_ISREG(found.st_mode):
             raise FetchError("fetch.not_found", f"{redact(ref.uri)}: not a file", 1)
         if ref.planned is not None and found.st_size != ref.planned:
-            message = f"{ref.planned} bytes were listed, {found.st_size} are there"
-            raise FetchError("fetch.changed", f"{redact(ref.uri)}: {message}", 1)
+            raise changed(ref, str(found.st_size), 1)
         if found.st_size == 0:
             raise MediaError("decode.empty", "the file has no bytes")
         if not os.access(path, os.R_OK):

@@ -53,7 +53,7 @@ class Store:
             raise value
         if ref.offset is not None and ref.length is not None:
             value = value[ref.offset : ref.offset + ref.length]
-        return Fetched(value, 2, self.delay_s)
+        return Fetched(value, 2)
 
 
 def plan(uris: list[str], **columns: list[object]) -> pa.Table:
@@ -216,7 +216,7 @@ class Plain:
         self.data = data
 
     def __call__(self, ref: Ref) -> Fetched:
-        return Fetched(self.data, 1, 0.0)
+        return Fetched(self.data, 1)
 
 
 def test_the_worker_itself_imports_neither_torch_nor_ray() -> None:

@@ -45,7 +45,7 @@ class Files:
     def __call__(self, ref: Ref, version: str | None) -> AbstractContextManager[LocalFile]:
         if ref.uri in self.failing:
             raise self.failing[ref.uri]
-        return nullcontext(LocalFile(ref.uri, 1, 0.0))
+        return nullcontext(LocalFile(ref.uri, 1))
 
 
 def stage(

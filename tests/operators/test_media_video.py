@@ -49,7 +49,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(ref: Ref, version: str | None) -> AbstractContextManager[LocalFile]:
-    return nullcontext(LocalFile(ref.uri, 1, 0.0))
+    return nullcontext(LocalFile(ref.uri, 1))
 
 
 def run(
