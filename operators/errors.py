@@ -73,5 +73,14 @@ class MediaError(Exception):
     def transient(self) -> bool:
         return FAILURES[self.code].transient
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """As a row's error columns."""
+        return {
+            "error_code": self.code,
+            "error_stage": self.stage,
+            "error_message": self.message,
+        }
+
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
         return MediaError, (self.code, self.message)

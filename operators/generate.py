@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -212,16 +213,11 @@ class Generate:
         return RawImageRequest(rendered, pixels, prompt.raw_media_id, self._answer_tokens["image"])
 
 
+@dataclass
 class _Outcome:
-    def __init__(
-        self,
-        answers: Sequence[Answer] = (),
-        error: MediaError | None = None,
-        seconds: float = 0.0,
-    ) -> None:
-        self.answers = list(answers)
-        self.error = error
-        self.seconds = seconds
+    answers: list[Answer] = field(default_factory=list)
+    error: MediaError | None = None
+    seconds: float = 0.0
 
 
 class Gate:
@@ -286,9 +282,8 @@ def _answered(table: pa.Table, outcomes: dict[int, _Outcome]) -> pa.Table:
         if outcome.error is None:
             answers[index] = [vars(answer) for answer in outcome.answers]
         else:
-            errors["error_code"][index] = outcome.error.code
-            errors["error_stage"][index] = outcome.error.stage
-            errors["error_message"][index] = outcome.error.message
+            for name, value in outcome.error.columns.items():
+                errors[name][index] = value
     columns |= errors
     columns |= {"window_answers": answers, "generate_s": seconds}
     return pa.table([columns[name] for name in ANSWERS.names], schema=ANSWERS)

@@ -21,9 +21,8 @@ from operators.decode_image import probe_image
 from operators.errors import MediaError
 from operators.fetch import Fetched, FetchError, Ref
 from operators.prepare_image import PRELOAD, media_hash, prepare_image
-from operators.prepared import Row, Window, prepared_table
+from operators.prepared import Row, Window, planned, prepared_table
 from operators.prompt import Prompt
-from operators.schema import PLAN
 from operators.settings import ImageSettings
 
 
@@ -52,8 +51,7 @@ class Media:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Table of PLAN -> table of PREPARED, same rows in the same order."""
-        # a block without any value in a column may come with type null
-        plan = batch.select(PLAN.names).cast(PLAN)
+        plan = planned(batch)
         asked = plan.select(
             ["fetch_uri", "fetch_offset", "fetch_length", "size_bytes", "variables"]
         ).to_pylist()
@@ -80,7 +78,7 @@ class Media:
             raise
         finally:
             row.fetch_s = time.monotonic() - started
-        variables = json.loads(asked["variables"]) if asked["variables"] else None
+        variables = json.loads(asked["variables"] or "null")
         if self._render == "engine":
             self._hand_on(row, contained, fetched.data)
             return

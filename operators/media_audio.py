@@ -90,7 +90,7 @@ class PrepareSpeech:
         started = time.perf_counter()
         heard = hear(read, found, found.span(index), self._audio)
         row.gap = missing(read, heard.end, sound, found, index)
-        variables = json.loads(asked["variables"]) if asked["variables"] else None
+        variables = json.loads(asked["variables"] or "null")
         row.windows = [self._window(speech, variables) for speech in heard.windows]
         row.prepare_s = time.perf_counter() - started
 

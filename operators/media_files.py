@@ -19,13 +19,14 @@ import pyarrow as pa
 from operators.errors import MediaError
 from operators.fetch import FetchError, Ref
 from operators.local_files import LocalFile
-from operators.prepared import Row, prepared_table
-from operators.schema import PLAN
+from operators.prepared import Row, planned, prepared_table
 from operators.tracks import Kind, kind
 
 # Fills a row from a file's path and the row of the plan; raises MediaError.
 Prepare = Callable[[Row, str, dict[str, Any]], None]
 
+# One file comes in while another is decoded.
+AT_ONCE = 2
 # One file at a time is decoded in a process, whatever is being fetched: it has one CPU.
 _busy = threading.Lock()
 
@@ -40,18 +41,14 @@ class FileMedia:
         self,
         files: Callable[[Ref, str | None], AbstractContextManager[LocalFile]],
         prepare: Mapping[Kind, Prepare],
-        *,
-        concurrency: int = 2,
     ) -> None:
         self._files = files
         self._prepare = prepare
-        self._concurrency = concurrency
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Table of PLAN -> table of PREPARED, same rows in the same order."""
-        # a block without any value in a column may come with type null
-        plan = batch.select(PLAN.names).cast(PLAN)
-        rows = list(_threads(self._concurrency).map(self._run, plan.to_pylist()))
+        plan = planned(batch)
+        rows = list(_threads().map(self._run, plan.to_pylist()))
         return prepared_table(plan, rows)
 
     def _run(self, asked: dict[str, Any]) -> Row:
@@ -73,5 +70,5 @@ class FileMedia:
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="files")
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="files")

@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from operators.errors import MediaError
 from operators.prepare_image import media_hash
-from operators.prepared import Row, Window, prepared_table
+from operators.prepared import Row, Window, planned, prepared_table
 from operators.prompt_summary import Line, SummaryPrompt
-from operators.schema import PLAN
 
 
 class Summaries:
@@ -27,8 +26,7 @@ class Summaries:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Table of PLAN -> table of PREPARED, same rows in the same order."""
-        # a block without any value in a column may come with type null
-        plan = batch.select(PLAN.names).cast(PLAN)
+        plan = planned(batch)
         return prepared_table(plan, [self._row(asked) for asked in plan.to_pylist()])
 
     def _row(self, asked: dict[str, Any]) -> Row:

@@ -54,7 +54,7 @@ class PrepareFrames:
         row.width_px, row.height_px = facts.display_size
         check_division(asked, len(spans(facts.duration_s, self._video)))
         wanted = segments(path, facts, asked["track_index"], self._video)
-        variables = json.loads(asked["variables"]) if asked["variables"] else None
+        variables = json.loads(asked["variables"] or "null")
         row.prepare_s = 0.0
         gaps = []
         for segment, frames, missing in self._frames(path, facts, wanted):

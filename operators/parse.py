@@ -25,10 +25,10 @@ EXCERPT_CHARS = 200
 class Parse:
     """Batch callable: ANSWERS -> LEDGER, row for row."""
 
-    def __init__(self, run_id: str, prompt_name: str, audio: AudioSettings | None = None) -> None:
+    def __init__(self, run_id: str, prompt_name: str, audio: AudioSettings) -> None:
         self._run_id = run_id
         self._prompt_name = prompt_name
-        self._audio = audio or AudioSettings()
+        self._audio = audio
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.cast(ANSWERS).to_pylist()
@@ -49,7 +49,7 @@ class Parse:
                     case _:
                         fields |= caption(answers, self._prompt_name)
             except MediaError as error:
-                fields |= failure(error)
+                fields |= error.columns
         fields = {"status": "failed", **row, **fields}
         return {
             **{name: fields.get(name) for name in LEDGER.names},
@@ -60,19 +60,10 @@ class Parse:
         }
 
 
-def failure(error: MediaError) -> dict[str, Any]:
-    """The error columns of a row."""
-    return {
-        "error_code": error.code,
-        "error_stage": error.stage,
-        "error_message": error.message,
-    }
-
-
 def transcript(
     row: Mapping[str, Any],
     answers: Sequence[Mapping[str, Any]],
-    translate_to: str | None = None,
+    translate_to: str | None,
 ) -> dict[str, Any]:
     """status, text and segments of a span of speech from its windows.
 
@@ -156,7 +147,7 @@ def with_gaps(
     if first is None:
         return {"status": "ok" if segments else "empty"}
     messages = [text for text in (gaps, row["error_message"]) if text]
-    return {"status": "failed", **failure(MediaError(first.code, "; ".join(messages)))}
+    return {"status": "failed", **MediaError(first.code, "; ".join(messages)).columns}
 
 
 def sealed(code: str | None, version: str | None) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from operators.errors import MediaError
-from operators.schema import PREPARED
+from operators.schema import PLAN, PREPARED
 
 
 @dataclass
@@ -45,6 +45,11 @@ class Row:
     error: MediaError | None = None
     # what is missing of a row that has not failed
     gap: MediaError | None = None
+
+
+def planned(batch: pa.Table) -> pa.Table:
+    """A batch's columns of PLAN. A block without any value in a column may come with type null."""
+    return batch.select(PLAN.names).cast(PLAN)
 
 
 def prepared_table(plan: pa.Table, rows: Sequence[Row]) -> pa.Table:

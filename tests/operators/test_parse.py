@@ -30,7 +30,9 @@ def row(**fields: object) -> dict[str, object]:
 
 
 def parsed(*rows: dict[str, object], prompt_name: str = "caption-dense") -> list[dict[str, object]]:
-    table = Parse("run-1", prompt_name)(pa.Table.from_pylist(list(rows), schema=ANSWERS))
+    table = Parse("run-1", prompt_name, AudioSettings())(
+        pa.Table.from_pylist(list(rows), schema=ANSWERS)
+    )
     assert table.schema.equals(LEDGER)
     return table.to_pylist()
 
