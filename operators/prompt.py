@@ -195,10 +195,8 @@ class Prompt:
         head, tail = self.head, self.tail
         if self.tokenizer is not None:
             tokenizer = parsed_tokenizer(self.tokenizer)
-            filled = self.rendered.replace(STAND_IN, self._fill(variables or {}))
-            head, tail = _split(
-                tuple(tokenizer.encode(filled, add_special_tokens=False).ids), self.media_id
-            )
+            ids = tokenizer.encode(self.raw(variables), add_special_tokens=False).ids
+            head, tail = _split(tuple(ids), self.media_id)
         return fitting(
             [*head, self.begin_id, *[self.media_id] * media_tokens, self.end_id, *tail],
             self.max_tokens,
@@ -210,15 +208,13 @@ class Prompt:
         return self.media_id if self.media_id >= 0 else None
 
     def raw(self, variables: Mapping[str, str] | None = None) -> str:
-        """The rendered prompt with its one placeholder, for the engine's own processor."""
-        return self.rendered.replace(STAND_IN, self._fill(variables or {}))
+        """The rendered prompt with its one placeholder, as the engine's own processor wants it."""
+        filled = fill(self.text, variables or {}, self.control_tokens, self.max_variable_chars)
+        return self.rendered.replace(STAND_IN, filled)
 
     def placeholder(self, ids: list[int]) -> tuple[int, int]:
         """(offset, length) of the media tokens in `ids`."""
         return ids.index(self.media_id), ids.count(self.media_id)
-
-    def _fill(self, variables: Mapping[str, str]) -> str:
-        return fill(self.text, variables, self.control_tokens, self.max_variable_chars)
 
 
 def fill(
@@ -291,7 +287,7 @@ def load_prompt(
         control_tokens=control_tokens(tokenizer),
         max_variable_chars=settings.max_variable_chars,
         max_tokens=model.max_model_len - answer_tokens,
-        tokenizer=TokenizerFile.of(tokenizer) if VARIABLE.search(text) is not None else None,
+        tokenizer=TokenizerFile.of(tokenizer) if VARIABLE.search(text) else None,
     )
 
 
