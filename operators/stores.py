@@ -194,7 +194,7 @@ def options_for(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def classify(error: BaseException) -> tuple[str, bool]:
     """The fetch.* code of a store's fault, and whether another attempt may help."""
-    status = _status(error)
+    status = http_status(error)
     if isinstance(error, NO_SUCH) or status in (404, 410):
         return "fetch.not_found", False
     if isinstance(error, CREDENTIALS) or status in (401, 403, 407, 451):
@@ -217,7 +217,7 @@ def classify(error: BaseException) -> tuple[str, bool]:
 
 def reason(error: BaseException) -> str:
     """A few words on a store's fault, none of them from the URI or the options."""
-    status, code = _status(error), _store_code(error)
+    status, code = http_status(error), _store_code(error)
     if status is not None:
         return f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if isinstance(error, TIMEOUTS):
@@ -241,7 +241,7 @@ def _store_code(error: BaseException) -> str:
     return str(_response(error).get("Error", {}).get("Code", ""))
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status, as botocore, aiohttp and gcsfs each keep it."""
     status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
     if status is None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fsspec.asyn import sync
 
-from operators.stores import LOCAL, S3, filesystem, local_path, protocol, split_bucket
+from operators.stores import LOCAL, S3, filesystem, http_status, local_path, protocol, split_bucket
 from pipeline.store import Store
 
 NAME = "lease.json"
@@ -115,7 +115,7 @@ class _S3Slot:
                 "put_object", Bucket=self._bucket, Key=self._key, Body=data, **condition
             )
         except OSError as error:
-            status = _status(error)
+            status = http_status(error)
             if condition and status in UNSUPPORTED:
                 self._unsupported = True
                 return self._put(data, {})
@@ -123,9 +123,3 @@ class _S3Slot:
                 return False
             raise
         return True
-
-
-def _status(error: OSError) -> int | None:
-    response = getattr(error.__cause__, "response", None) or {}
-    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status
