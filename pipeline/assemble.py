@@ -8,7 +8,8 @@ _SUCCESS sees one state or the next, never a mixture.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -26,6 +27,7 @@ from pipeline.config import Job
 from pipeline.lease import LeasedStore
 from pipeline.parts import ROWS_A_PART, Part, batches, parquet_bytes, part, tables
 from pipeline.plan import Plan
+from pipeline.source_rows import listing_faults, refusal
 from pipeline.store import Store
 from pipeline.subtitle_files import SUBTITLED, drop_subtitles, write_subtitles
 
@@ -56,6 +58,23 @@ def read_marker(store: Store) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return marker
+
+
+def open_finished(
+    uri: str, storage_options: Mapping[str, Any]
+) -> tuple[Store, dict[str, Any] | None]:
+    """The folder of OUTPUT's newest fingerprint, or OUTPUT/<fingerprint> itself, and its marker.
+
+    Raises SourceError where the store says nothing.
+    """
+    folder = Store(uri, storage_options)
+    try:
+        with suppress(FileNotFoundError):  # it is OUTPUT/<fingerprint>
+            newest = json.loads(folder.read("latest.json"))["fingerprint"]
+            folder = Store(f"{uri.rstrip('/')}/{newest}", storage_options)
+        return folder, read_marker(folder)
+    except listing_faults(uri) as error:
+        raise refusal(uri, error) from error
 
 
 def reconcile(db: duckdb.DuckDBPyConnection) -> None:

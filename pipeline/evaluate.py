@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from operators.score import Edits, Measured, measure, normaliser_for
-from pipeline.assemble import MARKER, RESULTS_FOLDER, read_marker, read_part
+from pipeline.assemble import MARKER, RESULTS_FOLDER, open_finished, read_part
 from pipeline.references import EvaluateError, Reference, References, Row, matched
-from pipeline.source_rows import listing_faults, refusal
+from pipeline.source_rows import SourceError
 from pipeline.store import Store
 
 COLUMNS = ["asset_id", "uri", "source_id", "status", "modality", "text", "transcript", "language"]
@@ -65,14 +65,10 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def open_output(uri: str, storage_options: Mapping[str, Any]) -> Output:
     """OUTPUT (its newest fingerprint) or OUTPUT/<fingerprint>. Raises EvaluateError."""
-    folder = Store(uri, storage_options)
     try:
-        if folder.exists("latest.json"):
-            newest = json.loads(folder.read("latest.json"))["fingerprint"]
-            folder = Store(f"{uri.rstrip('/')}/{newest}", storage_options)
-        marker = read_marker(folder)
-    except listing_faults(uri) as error:
-        raise EvaluateError(str(refusal(uri, error))) from error
+        folder, marker = open_finished(uri, storage_options)
+    except SourceError as error:
+        raise EvaluateError(str(error)) from error
     if marker is None:
         raise EvaluateError(f"{folder.url(MARKER)} is missing: no run has finished here")
     names = (item["name"] for item in marker["files"])

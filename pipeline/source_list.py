@@ -28,7 +28,7 @@ from operators.stores import (
     split_bucket,
 )
 from pipeline.source_rows import Asset, Skipped, SourceError, listing_faults, refusal, version_of
-from pipeline.store import s3_head, s3_pages
+from pipeline.store import s3_pages
 
 # What one request brings of a manifest or tar shard. Tar members below it are read in passing,
 # larger ones are seeked over. 1 MiB: about 1000 requests and half a minute for a 1 GiB shard of
@@ -203,7 +203,7 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
         else:
             store, path = filesystem(uri, storage_options)
             if scheme in S3:
-                info = s3_head(store, path)
+                info = _s3_head(store, path)
                 version, size = version_of(info), int(info["ContentLength"])
             else:
                 info = store.info(path)
@@ -214,6 +214,13 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
         gone = not isinstance(error, StoreError) and classify(error)[0] == "fetch.not_found"
         return replace(asset, version=MISSING) if gone else asset
     return replace(asset, version=version, size_bytes=size)
+
+
+def _s3_head(store: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """ETag and ContentLength of an object in one request (s3fs's `info` makes two of a miss)."""
+    bucket, key = split_bucket(store, path)
+    head: dict[str, Any] = store.call_s3("head_object", Bucket=bucket, Key=key)
+    return head
 
 
 def opened(uri: str, storage_options: Mapping[str, Any]) -> IO[bytes]:

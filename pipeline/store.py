@@ -45,19 +45,6 @@ class Store:
         data: bytes = store.cat_file(path)
         return data
 
-    def exists(self, name: str) -> bool:
-        """Whether there is a file (not a folder) of that name."""
-        store, path = self._at(name)
-        if self._local:
-            return os.path.isfile(path)
-        try:
-            if self._s3:
-                s3_head(store, path)
-                return True
-            return bool(store.info(path)["type"] == "file")
-        except FileNotFoundError:
-            return False
-
     def names(self, folder: str = "", suffix: str = "") -> list[str]:
         """Every file below `folder`, sorted, as names for `read`; a missing folder has none.
 
@@ -138,13 +125,6 @@ def s3_pages(
         if not page.get("IsTruncated"):
             return
         more = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-def s3_head(store: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
-    """ETag and ContentLength of an object in one request (s3fs's `info` makes two of a miss)."""
-    bucket, key = split_bucket(store, path)
-    head: dict[str, Any] = store.call_s3("head_object", Bucket=bucket, Key=key)
-    return head
 
 
 def _delete_s3(store: fsspec.AbstractFileSystem, paths: list[str]) -> None:

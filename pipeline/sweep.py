@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,9 +88,10 @@ def sweep(
 
 def _seconds(finished: Finished, output: Output) -> float:
     """Of the run that did the work, which may have been an earlier one."""
-    if finished.did_work or not output.folder.exists("report.json"):
-        return finished.seconds
-    return float(json.loads(output.folder.read("report.json"))["seconds"])
+    if not finished.did_work:
+        with suppress(FileNotFoundError):
+            return float(json.loads(output.folder.read("report.json"))["seconds"])
+    return finished.seconds
 
 
 def sample_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +13,8 @@ import pyarrow.parquet as pq
 
 from operators.schema import FAILED, RESULTS
 from pipeline import ledger
-from pipeline.assemble import FAILURES_FOLDER, MARKER, RESULTS_FOLDER, read_marker
+from pipeline.assemble import FAILURES_FOLDER, MARKER, RESULTS_FOLDER, open_finished
 from pipeline.plan import scratch
-from pipeline.source_rows import listing_faults, refusal
 from pipeline.store import Store
 
 
@@ -27,16 +25,7 @@ def verify(uri: str, storage_options: Mapping[str, Any]) -> tuple[list[str], dic
     no asset comes twice, that the ledger has every result's spans, and that the accounts close.
     Raises SourceError where the store says nothing.
     """
-    folder = Store(uri, storage_options)
-    try:
-        try:
-            fingerprint = json.loads(folder.read("latest.json"))["fingerprint"]
-            folder = Store(f"{uri.rstrip('/')}/{fingerprint}", storage_options)
-        except FileNotFoundError:
-            pass  # it is OUTPUT/<fingerprint>
-        marker = read_marker(folder)
-    except listing_faults(uri) as error:
-        raise refusal(uri, error) from error
+    folder, marker = open_finished(uri, storage_options)
     if marker is None:
         return [f"{folder.url(MARKER)} is missing: no run has finished here"], {}
     with scratch() as db:
