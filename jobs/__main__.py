@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options, console)
     except ConfigError as error:
-        return _refuse(str(error))
+        print(error, file=sys.stderr)
+        return REFUSED
     except (KeyboardInterrupt, Terminated) as error:
         print("stopped: what is finished is committed; run again to do the rest", file=sys.stderr)
         return exit_code_of(error)
@@ -64,21 +65,17 @@ def _terminate(number: int, frame: object) -> None:
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     from jobs.table import print_answers
-    from pipeline.assemble import LostSpansError
     from pipeline.cluster import BrokenRunError
     from pipeline.lease import LeaseError
     from pipeline.run import run
-    from pipeline.source import SourceError
 
     job = load_job(options.job, options.set)
     try:
         finished = run(job, console)
-    except SourceError as error:
-        return _refuse(str(error))
     except LeaseError as error:
         print(error, file=sys.stderr)
         return HELD
-    except (BrokenRunError, LostSpansError) as error:
+    except BrokenRunError as error:
         print(error, file=sys.stderr)
         return BROKEN
     if options.show:
@@ -104,12 +101,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _plan(options: argparse.Namespace, console: Console) -> int:
     from pipeline.cluster import BrokenRunError
     from pipeline.preview import preview
-    from pipeline.source import SourceError
 
     try:
         preview(load_job(options.job, options.set), console)
-    except SourceError as error:
-        return _refuse(str(error))
     except BrokenRunError as error:
         print(error, file=sys.stderr)
         return BROKEN
@@ -117,13 +111,9 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.source import SourceError
     from pipeline.verify import verify
 
-    try:
-        problems, accounts = verify(options.output, options.storage_options)
-    except SourceError as error:
-        return _refuse(str(error))
+    problems, accounts = verify(options.output, options.storage_options)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -164,11 +154,6 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_commands(commands)
     return parser
-
-
-def _refuse(message: str) -> int:
-    print(message, file=sys.stderr)
-    return REFUSED
 
 
 if __name__ == "__main__":

@@ -150,13 +150,11 @@ def _disagreement(a: Output, b: Output, only_finished: bool) -> Scores:
 
 
 def _sweep(options: argparse.Namespace, console: Console, engine: EngineFactory | None) -> int:
-    from pipeline.assemble import LostSpansError
     from pipeline.cluster import BrokenRunError
     from pipeline.graph import vllm_engine
     from pipeline.lease import LeaseError
     from pipeline.references import read_references
     from pipeline.run import run
-    from pipeline.source import SourceError
     from pipeline.sweep import sweep, swept_jobs
 
     jobs = swept_jobs(options.job, options.set, options.sweep)
@@ -164,10 +162,7 @@ def _sweep(options: argparse.Namespace, console: Console, engine: EngineFactory 
     work = partial(run, console=console, engine=engine or vllm_engine)
     try:
         tried = sweep(jobs, references, options.sample, options.seed, work, options.only_finished)
-    except SourceError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    except (LeaseError, BrokenRunError, LostSpansError) as error:
+    except (LeaseError, BrokenRunError) as error:
         print(error, file=sys.stderr)
         return HELD if isinstance(error, LeaseError) else BROKEN
     print_sweep(console, options.sweep.partition("=")[0], references, tried)

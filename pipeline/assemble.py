@@ -23,6 +23,7 @@ from operators.schema import FAILED, MISSING, RESULTS
 from operators.stitch import join
 from operators.tracks import FRAMES, IMAGE, SUMMARY
 from pipeline import ledger
+from pipeline.cluster import BrokenRunError
 from pipeline.config import Job
 from pipeline.lease import LeasedStore
 from pipeline.parts import ROWS_A_PART, Part, batches, parquet_bytes, part, tables
@@ -37,7 +38,7 @@ RESULTS_FOLDER, FAILURES_FOLDER = "results", "failures"
 HEARD = f"track NOT IN ('{IMAGE}', '{FRAMES}', '{SUMMARY}')"
 
 
-class LostSpansError(Exception):
+class LostSpansError(BrokenRunError):
     """The ledger and the plan do not agree. Nothing was assembled."""
 
 

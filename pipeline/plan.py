@@ -113,7 +113,7 @@ def make_plan(
 ) -> Plan:
     """List, drop duplicates, cut into spans, take away what the ledger has.
 
-    Raises pipeline.source.SourceError where the input cannot be listed.
+    Raises SourceError where the input cannot be listed.
     """
     listed, skipped = _list(job, db, progress)
     assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")

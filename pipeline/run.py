@@ -61,8 +61,7 @@ from pipeline.plan import MEDIA, Plan, make_plan, scratch, write_plan
 from pipeline.progress import Progress, Reporter, open_tally, planning, shown
 from pipeline.prompts import job_prompts
 from pipeline.report import write_latest, write_report, write_run
-from pipeline.source import SourceError
-from pipeline.source_rows import ADVICE, listing_faults
+from pipeline.source_rows import ADVICE, SourceError, listing_faults
 from pipeline.store import Store
 from pipeline.strikes import open_book
 from pipeline.summaries import SUMMARIES, tell

@@ -35,8 +35,6 @@ from pipeline.source_rows import (
 )
 from pipeline.tar_index import tar_assets
 
-__all__ = ["Source", "SourceError"]
-
 GLOB = re.compile(r"\*|\{[^{}/]*(?:,|\.\.)[^{}/]*\}")
 MAGIC = re.compile(r"[*?\[{]")
 GLOB_FLAGS = glob.GLOBSTAR | glob.BRACE | glob.DOTGLOB | glob.FORCEUNIX

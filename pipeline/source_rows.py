@@ -29,6 +29,7 @@ from operators.stores import (
     redact,
     unsigned,
 )
+from pipeline.config import ConfigError
 
 FIRST_ROWS = 256  # a progress line after a quarter of an S3 page, not after eight
 BATCH_ROWS = 8192
@@ -36,7 +37,7 @@ MAX_REASONS = 40  # a folder of core dumps has an extension a file; memory must 
 OTHER = "unknown type (others)"
 
 
-class SourceError(Exception):
+class SourceError(ConfigError):
     """The input cannot be listed. The message says what is wrong and what to do."""
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import InputConfig
-from pipeline.source import Source, SourceError
+from pipeline.source import Source
+from pipeline.source_rows import SourceError
 
 IMAGES = frozenset({".jpg", ".png"})
 

@@ -29,7 +29,7 @@ from pipeline.assemble import read_marker
 from pipeline.cluster import BrokenRunError
 from pipeline.config import Job
 from pipeline.run import Finished, run
-from pipeline.source import SourceError
+from pipeline.source_rows import SourceError
 from pipeline.store import Store
 from pipeline.verify import verify
 

@@ -11,7 +11,7 @@ from conftest import without_root
 from fsspec.registry import _registry
 from listing import found, refused, source, touch
 
-from pipeline.source import SourceError
+from pipeline.source_rows import SourceError
 
 # botocore's attempts around s3fs's would make each refusal of this test a matter of seconds
 QUICK = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}

@@ -10,7 +10,7 @@ from listing import listed, source
 
 from operators.fetch import Fetch, Ref
 from operators.settings import FetchSettings
-from pipeline.source import SourceError
+from pipeline.source_rows import SourceError
 
 
 def tar(*files, end=True, form=tarfile.PAX_FORMAT):
