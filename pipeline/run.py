@@ -141,7 +141,9 @@ def _attempt(
         assembly = assemble(job, db, leased, plan)
         seconds = time.monotonic() - started
         if assembly.changed:
-            _publish(job, leased, db, run_id, assembly, reading, seconds)
+            write_run(leased, job, run_id, "finished", versions(), assembly.accounts)
+            write_report(leased, job, db, run_id, assembly, reading, seconds)
+            write_marker(leased, run_id, assembly)
         _end(job, leased, run_id, assembly)
         return Finished(folder, assembly.accounts, bool(plan.spans_todo), seconds)
 
@@ -203,20 +205,6 @@ def _work(
         reading = read() | {"engine_restarts": ray.get(book.restarts.remote())}
     console.print(progress.line(reading), highlight=False)
     return reading
-
-
-def _publish(
-    job: Job,
-    folder: Store,
-    db: duckdb.DuckDBPyConnection,
-    run_id: str,
-    assembly: Assembly,
-    reading: dict[str, float],
-    seconds: float,
-) -> None:
-    write_run(folder, job, run_id, "finished", versions(), assembly.accounts)
-    write_report(folder, job, db, run_id, assembly, reading, seconds)
-    write_marker(folder, run_id, assembly)
 
 
 def _end(job: Job, folder: LeasedStore, run_id: str, assembly: Assembly) -> None:
