@@ -36,8 +36,8 @@ TERMINATING = (signal.SIGTERM, signal.SIGHUP)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    # Nothing is marked up here, and names and answers may hold [brackets] and :signs:.
-    console = Console(soft_wrap=True, markup=False, emoji=False)
+    # Nothing is marked up here, and names and answers may hold [brackets], :signs: and numbers.
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in TERMINATING:
@@ -85,8 +85,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         f"{'finished' if finished.did_work else 'nothing new to do'}: {assets['found']:,} assets ="
         f" {assets['ok']:,} ok + {assets['empty']:,} empty + {assets['partial']:,} partial"
         f" + {assets['failed']:,} failed\nresults  {finished.folder.url('results')}\n"
-        f"report   {finished.folder.url('report.html')}",
-        highlight=False,
+        f"report   {finished.folder.url('report.html')}"
     )
     if finished.failed_fraction > job.limits.max_failed_fraction:
         print(
@@ -120,8 +119,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         return BROKEN
     assets: dict[str, Any] = accounts["assets"]
     console.print(
-        f"whole: {accounts['result_rows']:,} results; last input {assets['found']:,} assets",
-        highlight=False,
+        f"whole: {accounts['result_rows']:,} results; last input {assets['found']:,} assets"
     )
     return FINISHED
 

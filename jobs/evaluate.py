@@ -124,7 +124,7 @@ def _compare(options: argparse.Namespace, console: Console) -> list[Scores]:
     from pipeline.references import read_references
 
     a, b = (open_output(uri, options.storage_options) for uri in (options.output, options.against))
-    console.print(f"A {a.label}\nB {b.label}", highlight=False)
+    console.print(f"A {a.label}\nB {b.label}")
     _print_settings(console, a.settings(), b.settings())
     if not options.references:
         scores = _disagreement(a, b, options.only_finished)
@@ -211,7 +211,7 @@ def _say(console: Console, scores: Scores, name: str = "") -> None:
     if asked.without_text:
         lines.append(f"{asked.without_text:,} rows of the references without text: not counted")
     for line in (*lines, *_counted(scores)):
-        console.print(f"{name} {line}".strip(), highlight=False)
+        console.print(f"{name} {line}".strip())
 
 
 def _counted(scores: Scores) -> Iterator[str]:
@@ -252,10 +252,7 @@ def _print_overall(console: Console, scores: Scores) -> None:
         table.add_row(unit, _percent(edits.rate), *(f"{number:,}" for number in counts))
     console.print(table)
     if scores.unspaced:
-        console.print(
-            f"{scores.unspaced:,} assets in languages without spaces count in CER only",
-            highlight=False,
-        )
+        console.print(f"{scores.unspaced:,} assets in languages without spaces count in CER only")
 
 
 def _print_worst(console: Console, scores: Scores, rows: int) -> None:
@@ -277,14 +274,13 @@ def _print_settings(console: Console, a: Mapping[str, str], b: Mapping[str, str]
     table = _table("setting that differs", "A", "B")
     for name in differing:
         table.add_row(name, a.get(name, "-"), b.get(name, "-"))
-    console.print(table if differing else "no setting differs", highlight=False)
+    console.print(table if differing else "no setting differs")
 
 
 def _print_comparison(console: Console, compared: Comparison, rows: int) -> None:
     console.print(
         f"{len(compared.pairs):,} assets that both have ({compared.only_a:,} only in A,"
-        f" {compared.only_b:,} only in B: not compared)",
-        highlight=False,
+        f" {compared.only_b:,} only in B: not compared)"
     )
     table = _table("", "A", "B", "B - A", "95 % interval")
     for unit, difference in (("WER", compared.words), ("CER", compared.characters)):
@@ -300,7 +296,7 @@ def _print_comparison(console: Console, compared: Comparison, rows: int) -> None
             rates = (_percent(side.headline.rate) for side in (one, other))
             name = one.row["source_id"] or one.row["uri"]
             listed.add_row(name, *rates, f"{_more((one, other)):+,}")
-        console.print(listed if listed.row_count else f"0 {title}", highlight=False)
+        console.print(listed if listed.row_count else f"0 {title}")
 
 
 def _more(pair: tuple[Scored, Scored]) -> int:
@@ -326,7 +322,6 @@ def print_sweep(
         f" references of {references.name} by column {references.key}",
         *_counted(tried[0].scores),
         sep="\n",
-        highlight=False,
     )
     columns = ("WER", "CER", "words", "failed", "output tokens", "media tokens", "seconds")
     table = _table(field, *columns)
@@ -342,6 +337,4 @@ def print_sweep(
             f"{one.seconds:.1f}",
         )
     console.print(table)
-    console.print(
-        "seconds hold the engine's start; words are those of the answers", highlight=False
-    )
+    console.print("seconds hold the engine's start; words are those of the answers")

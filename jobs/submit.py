@@ -122,13 +122,13 @@ def _submit(server: JobServer, options: argparse.Namespace, console: Console) ->
     if job_id is None or not goes_on:
         fields = read_job(options.job, options.set)
         job_id = server.submit(fields, metadata, code=not options.image_code, job_id=job_id)
-    console.print(job_id, highlight=False)
+    console.print(job_id)
     return _watch(server, job_id, options)
 
 
 def _status(server: JobServer, options: argparse.Namespace, console: Console) -> int:
     state = server.state(options.id)
-    console.print(f"{state.status}: {state.message}", highlight=False)
+    console.print(f"{state.status}: {state.message}")
     return exit_code(state)
 
 

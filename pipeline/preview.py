@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
-from functools import partial
 
 import duckdb
 from rich.console import Console
@@ -30,25 +29,24 @@ SAMPLE_FILES, HEADER_BYTES = 32, 256 << 10
 
 def preview(job: Job, console: Console) -> None:
     """Print counts, tokens and shares of a run. Raises what a run would."""
-    say = partial(console.print, highlight=False)
     look_at_output(job)
-    with scratch() as db, cluster(job.limits.wait_for_workers_s, say) as connect:
+    with scratch() as db, cluster(job.limits.wait_for_workers_s, console.print) as connect:
         folder = folder_store(job)
         plan = make_plan(job, db, folder, new_run_id(), connect, planning(console))
-        console.print(f"job {job.fingerprint}: {plan.line()}", highlight=False)
+        console.print(f"job {job.fingerprint}: {plan.line()}")
         if not plan.spans_todo:
             return
         prompts = job_prompts(job)
         sizes = _sample_sizes(job, db) if job.modality == "image" else []
         for line in _tokens(job, plan.spans_todo, prompts, sizes):
-            console.print(line, highlight=False)
+            console.print(line)
         connect()
         pixels = statistics.fmean(width * height for width, height in sizes) if sizes else None
         megapixels = None if pixels is None else pixels / 1e6
         shares = compute(job, cluster_nodes(), plan.spans_todo, megapixels, plan.lengths)
         pace = _pace(folder, plan.spans_todo, shares.engines)
     for line in (*shares.reasons, *shares.warnings, *pace):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def _pace(folder: Store, spans: int, engines: int) -> Iterator[str]:

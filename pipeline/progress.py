@@ -130,7 +130,7 @@ def shown(
                     live.update(progress.line(read()), refresh=True)
         else:
             while not stop.wait(QUIET_EVERY_S):
-                console.print(progress.line(read()), highlight=False)
+                console.print(progress.line(read()))
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -149,7 +149,7 @@ def planning(console: Console) -> Callable[[int, str], None]:
         nonlocal said
         if time.monotonic() - said >= PLANNING_EVERY_S:
             said = time.monotonic()
-            console.print(f"  {number:,} {what} so far", highlight=False)
+            console.print(f"  {number:,} {what} so far")
 
     return say
 

@@ -99,18 +99,17 @@ def run(job: Job, console: Console, engine: EngineFactory = vllm_engine) -> Fini
     """
     started = time.monotonic()
     run_id = new_run_id()
-    say: Say = partial(console.print, highlight=False)
     look_at_output(job)
     with (
-        _leased(job, run_id, say) as leased,
-        cluster(job.limits.wait_for_workers_s, say) as connect,
+        _leased(job, run_id, console.print) as leased,
+        cluster(job.limits.wait_for_workers_s, console.print) as connect,
     ):
         while True:
             leased.look()
             try:
                 return _attempt(job, run_id, leased, connect, console, engine, started)
             except OutdatedError:
-                say("another run has worked on this output meanwhile: planning again")
+                console.print("another run has worked on this output meanwhile: planning again")
 
 
 def _attempt(
@@ -124,11 +123,11 @@ def _attempt(
 ) -> Finished:
     folder = folder_store(job)
     with scratch() as db:
-        console.print(f"job {job.fingerprint}: listing {redact(job.input.uri)}", highlight=False)
+        console.print(f"job {job.fingerprint}: listing {redact(job.input.uri)}")
         plan = make_plan(job, db, folder, run_id, connect, planning(console))
         if plan.assets == 0 and not job.input.allow_empty:
             raise SourceError(f"{redact(job.input.uri)}: no file matches. {plan.line()}")
-        console.print(plan.line(), highlight=False)
+        console.print(plan.line())
         reading: dict[str, float] = {}
         if plan.spans_todo:
             with output_faults(job):
@@ -181,11 +180,10 @@ def _work(
     prompts = job_prompts(job)
     shares = compute(job, cluster_nodes(), plan.spans_todo, lengths=plan.lengths)
     if shares.engine_gpus:  # there may be none yet, and the shares go by what a GPU node has
-        say: Say = partial(console.print, highlight=False)
-        nodes = await_nodes("GPU", shares.engines, job.limits.wait_for_workers_s, say)
+        nodes = await_nodes("GPU", shares.engines, job.limits.wait_for_workers_s, console.print)
         shares = compute(job, nodes, plan.spans_todo, lengths=plan.lengths)
     for line in (*shares.reasons, *shares.warnings):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}")
     tally, book = open_tally(), open_book()
     reporter = Reporter(tally)
     progress = Progress(plan.spans_todo, job.engine.max_num_seqs, shares.engines)
@@ -203,7 +201,7 @@ def _work(
                 rows.write_datasink(sink, ray_remote_args={"num_cpus": SINK_CPUS})
             ledger.load(db, folder)
         reading = read() | {"engine_restarts": ray.get(book.restarts.remote())}
-    console.print(progress.line(reading), highlight=False)
+    console.print(progress.line(reading))
     return reading
 
 
