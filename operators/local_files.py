@@ -59,8 +59,8 @@ class LocalFiles:
         fetch: Fetch,
         folder: str,
         *,
-        max_file_bytes: int = 16 << 30,
-        max_bytes: int = 64 << 30,
+        max_file_bytes: int,
+        max_bytes: int,
     ) -> None:
         self._fetch = fetch
         self._folder = Path(folder)

@@ -109,7 +109,7 @@ def make_plan(
     store: Store,
     run_id: str,
     connect: Connect,
-    progress: SayCount = lambda number, what: None,
+    progress: SayCount,
 ) -> Plan:
     """List, drop duplicates, cut into spans, take away what the ledger has.
 

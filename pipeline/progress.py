@@ -70,7 +70,7 @@ class Reporter:
 class Progress:
     """Turns readings of the tally into a line."""
 
-    def __init__(self, spans_todo: int, max_num_seqs: int, engines: int = 1) -> None:
+    def __init__(self, spans_todo: int, max_num_seqs: int, engines: int) -> None:
         self._todo = spans_todo
         self._engines = engines
         self._max_num_seqs = max_num_seqs

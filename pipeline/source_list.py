@@ -125,7 +125,7 @@ def _local(
             try:
                 status = _stat(path)
             except OSError as error:
-                if not (_is_rows_own(error) or excluded(name + last)):
+                if not (is_rows_own(error) or excluded(name + last)):
                     raise refusal(path, error) from error
                 # gone, forbidden, or a link to nothing: the fetch gives it its code
                 yield Entry(name + last, Asset(path))
@@ -209,7 +209,7 @@ def stat_asset(asset: Asset, storage_options: Mapping[str, Any], must_exist: boo
                 info = store.info(path)
                 version, size = version_of(info), info["size"]
     except listing_faults(uri) as error:
-        if must_exist or not _is_rows_own(error):
+        if must_exist or not is_rows_own(error):
             raise refusal(uri, error) from error
         gone = not isinstance(error, StoreError) and classify(error)[0] == "fetch.not_found"
         return replace(asset, version=MISSING) if gone else asset
@@ -232,7 +232,7 @@ def opened(uri: str, storage_options: Mapping[str, Any]) -> IO[bytes]:
     return file
 
 
-def _is_rows_own(error: Exception) -> bool:
+def is_rows_own(error: Exception) -> bool:
     """Whether the fetch will say the same of this one file, and not the store of all of them."""
     own = ("fetch.not_found", "fetch.forbidden")
     return isinstance(error, StoreError) or classify(error)[0] in own

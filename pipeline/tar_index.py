@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Any
 
-from operators.stores import StoreError, classify, redact
-from pipeline.source_list import opened
+from operators.stores import StoreError, redact
+from pipeline.source_list import is_rows_own, opened
 from pipeline.source_rows import Asset, Skipped, SourceError, listing_faults, refusal
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -93,8 +93,7 @@ def members(
         with opened(uri, storage_options) as file:
             yield from _headers(_HeaderFile(file, uri), shard, wanted, skipped)
     except listing_faults(uri) as error:
-        own = ("fetch.not_found", "fetch.forbidden")
-        if isinstance(error, StoreError) or classify(error)[0] not in own:
+        if isinstance(error, StoreError) or not is_rows_own(error):
             raise refusal(uri, error) from error
         yield _rest(shard, 0, BLOCK_BYTES)  # the fetch meets the same fault and gives the code
 

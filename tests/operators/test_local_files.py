@@ -22,6 +22,7 @@ from operators.local_files import LocalFiles
 from operators.settings import FetchSettings
 
 DATA = os.urandom(300_000)
+ROOM = {"max_file_bytes": 1 << 30, "max_bytes": 1 << 30}
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def cache(tmp_path: Path) -> Path:
 
 def files(s3: S3Server, cache: Path, **options: int) -> LocalFiles:
     fetch = Fetch(FetchSettings(attempts=2, timeout_s=10), s3.options)
-    return LocalFiles(fetch, str(cache), **options)
+    return LocalFiles(fetch, str(cache), **ROOM | options)
 
 
 class Watched(Fetch):
@@ -147,7 +148,7 @@ def test_an_object_that_changes_under_the_reader(
     monkeypatch.setattr(local_files, "PART_BYTES", 100_000)
     uri = s3.bucket() + "/a.wav"
     s3.put(uri, DATA)
-    given = LocalFiles(Watched(s3, lambda ref: s3.put(uri, bytes(len(DATA)))), str(cache))
+    given = LocalFiles(Watched(s3, lambda ref: s3.put(uri, bytes(len(DATA)))), str(cache), **ROOM)
     assert code_of(lambda: read(given, Ref(uri, size_bytes=len(DATA)))) == "fetch.changed"
     assert entries(cache) == []
 
@@ -191,7 +192,7 @@ def test_reads_in_progress_count(s3: S3Server, cache: Path) -> None:
         time.sleep(0.02)  # so that the readers meet
         found.append(on_disk(cache))
 
-    given = LocalFiles(Watched(s3, look), str(cache), max_bytes=2 * len(DATA))
+    given = LocalFiles(Watched(s3, look), str(cache), **ROOM | {"max_bytes": 2 * len(DATA)})
     with ThreadPoolExecutor(8) as pool:
         assert [*pool.map(lambda ref: read(given, ref), refs)] == [DATA] * len(refs)
     assert max(found) == 2 * len(DATA)
@@ -281,7 +282,7 @@ def test_a_reader_waits_for_the_one_that_reads(s3: S3Server, cache: Path) -> Non
         begun.set()
         time.sleep(0.3)
 
-    given = LocalFiles(Watched(s3, slow), str(cache))
+    given = LocalFiles(Watched(s3, slow), str(cache), **ROOM)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(read, given, Ref(uri, size_bytes=len(DATA)))
         begun.wait(5)
@@ -322,7 +323,8 @@ class Route:
 
 
 def from_web(cache: Path, **options: int) -> LocalFiles:
-    return LocalFiles(Fetch(FetchSettings(attempts=3, timeout_s=5), {}), str(cache), **options)
+    fetch = Fetch(FetchSettings(attempts=3, timeout_s=5), {})
+    return LocalFiles(fetch, str(cache), **ROOM | options)
 
 
 @pytest.mark.parametrize("version", ["v1", ""])
