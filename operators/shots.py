@@ -92,7 +92,7 @@ def spans(duration_s: float, settings: VideoSettings) -> list[tuple[float, float
     """Nominal (start_s, end_s) of each span. The borders lie within max_s / 2 of them."""
     found = grid(duration_s, settings)
     starts = [found.place(found.span(index).start) for index in range(found.spans)]
-    return list(zip(starts, [*starts[1:], duration_s], strict=True))
+    return list(pairwise([*starts, duration_s]))
 
 
 def segments(
@@ -122,7 +122,7 @@ def divide(grid: Grid, block: int, cuts: Sequence[Cut], settings: VideoSettings)
     if settings.segment == "fixed":
         count = max(1, -int(-(end_s - start_s - LEAST_S) // settings.max_s))
         starts = [start_s + index * settings.max_s for index in range(count)]
-        return [Segment(*pair) for pair in zip(starts, [*starts[1:], end_s], strict=True)]
+        return [Segment(*pair) for pair in pairwise([*starts, end_s])]
     inside = [cut for cut in cuts if start_s < cut.time_s < end_s]
     borders = chosen(start_s, end_s, inside, settings.min_s)
     return [
@@ -156,4 +156,4 @@ def split(start_s: float, end_s: float, max_s: float) -> list[Segment]:
     # a rounding error is no part
     count = max(1, -int(-(end_s - start_s - 1e-6) // max_s))
     at = [start_s + (end_s - start_s) * index / count for index in range(count)]
-    return [Segment(*pair) for pair in zip(at, [*at[1:], end_s], strict=True)]
+    return [Segment(*pair) for pair in pairwise([*at, end_s])]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +102,7 @@ def spans(duration_s: float, settings: AudioSettings) -> list[tuple[float, float
     found = grid(duration_s, settings)
     step_s = found.step * CHUNK_SAMPLES / SAMPLE_RATE_HZ
     starts = [found.span(index).start * step_s for index in range(found.spans)]
-    return list(zip(starts, [*starts[1:], duration_s], strict=True))
+    return list(pairwise([*starts, duration_s]))
 
 
 def cut(
