@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from operators.errors import FAILURES, MediaError
+from operators.errors import TRANSIENT, MediaError
 from operators.prompt import VARIABLE
 from operators.retry import is_refusal
 from operators.schema import ANSWERS, LEDGER, MISSING
@@ -155,7 +155,7 @@ def sealed(code: str | None, version: str | None) -> bool:
     if code == "fetch.not_found":
         # When it comes back it is another asset. What was only missed later may come back as it was.
         return version == MISSING
-    return code is None or not FAILURES[code].transient
+    return code not in TRANSIENT
 
 
 def caption(answers: Sequence[Mapping[str, Any]], prompt_name: str) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def test_a_media_error_survives_a_pickle() -> None:
     import pickle
 
     error = pickle.loads(pickle.dumps(MediaError("fetch.timeout", "slow")))
-    assert (error.code, error.message, error.transient) == ("fetch.timeout", "slow", True)
+    assert (error.code, error.message) == ("fetch.timeout", "slow")
 
 
 def test_render_engine_decodes_for_the_engines_own_processor() -> None:
