@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +39,18 @@ LINE_BYTES = 64
 # 285 years: a damaged header's times may exceed what 64 bits hold.
 MOST_US = 1 << 53
 
-# shown, length, decoded, key, visible, whether the time of showing was given
-Line = tuple[int, int, int, bool, bool, bool]
 Times = npt.NDArray[np.int64]
+
+
+class Packet(NamedTuple):
+    """A picture as the container has it; microseconds."""
+
+    shown_us: int  # when it is decoded, where its time of showing is not given
+    length_us: int  # 0 where not given
+    decoded_us: int
+    key: bool
+    visible: bool
+    exact: bool  # the time of showing was given
 
 
 @dataclass(frozen=True)
@@ -116,9 +126,9 @@ def read_index(
     key frame before it to the picture behind it. What cannot be read is not in it. Raises MediaError
     decode.timeout.
     """
-    lines: list[Line] = []
+    packets: list[Packet] = []
     read: list[tuple[float, float]] = []
-    found = _index(lines, read, facts)
+    found = _index(packets, read, facts)
     for reach_s in REACHES_S:
         if not reach_s and not facts.seeks_to_keys:
             continue
@@ -131,9 +141,9 @@ def read_index(
             break
         behind_s = _margin_s(facts) + (reach_s if read else 0.0)
         joined = _joined([(start_s - reach_s, end_s + behind_s) for start_s, end_s in lacking])
-        lines += _read(path, facts, joined, settings, ends)
+        packets += _read(path, facts, joined, settings, ends)
         read += joined
-        found = _index(lines, read, facts)
+        found = _index(packets, read, facts)
     return found
 
 
@@ -182,7 +192,7 @@ def _read(
     stretches_s: Sequence[tuple[float, float]],
     settings: VideoSettings,
     ends: float,
-) -> list[Line]:
+) -> list[Packet]:
     intervals = []
     for start_s, end_s in stretches_s:
         begin = "" if _from_start(start_s, facts) else f"{start_s + facts.origin_s:.6f}"
@@ -196,12 +206,12 @@ def _read(
     # ten times what the rate says: a wrong rate is a header's usual fault
     most = int(1e6 + 10 * LINE_BYTES * wanted_s * max(facts.nominal_fps, facts.average_fps, 60))
     done = run(command, settings, most_bytes=min(most, 256 << 20), ends=ends)
-    return [line for text in done.stdout.splitlines() if (line := _line(text)) is not None]
+    return [packet for line in done.stdout.splitlines() if (packet := _packet(line)) is not None]
 
 
-def _line(text: bytes | bytearray) -> Line | None:
-    """A packet; None without any time, or with one that cannot be."""
-    parts = text.split(b",")
+def _packet(line: bytes | bytearray) -> Packet | None:
+    """None without any time, or with one that cannot be."""
+    parts = line.split(b",")
     if len(parts) < 4:
         return None
     shown, decoded, length = (_microseconds(part) for part in parts[:3])
@@ -212,7 +222,7 @@ def _line(text: bytes | bytearray) -> Line | None:
     time_us = decoded if shown is None else shown
     assert time_us is not None  # noqa: S101
     flags = parts[3]
-    return (
+    return Packet(
         time_us,
         length or 0,
         time_us if decoded is None else decoded,
@@ -230,19 +240,19 @@ def _microseconds(text: bytes | bytearray) -> int | None:
 
 
 def _index(
-    lines: list[Line], read_s: Sequence[tuple[float, float]], facts: VideoFacts
+    packets: list[Packet], read_s: Sequence[tuple[float, float]], facts: VideoFacts
 ) -> FrameIndex:
     # of two packets with one time the key frame
-    kept = {line[0]: line for line in sorted(lines, key=itemgetter(3))}
+    kept = {packet.shown_us: packet for packet in sorted(packets, key=attrgetter("key"))}
     ordered = [kept[shown] for shown in sorted(kept)]
-    exact = all(line[5] for line in lines)
-    ordered_times = exact or any(line[5] and line[0] != line[2] for line in lines)
+    exact = all(packet.exact for packet in packets)
+    ordered_times = exact or any(p.exact and p.shown_us != p.decoded_us for p in packets)
     return FrameIndex(
-        shown_us=np.array([line[0] for line in ordered], np.int64),
-        length_us=np.array([line[1] for line in ordered], np.int64),
-        decoded_us=np.array([line[2] for line in ordered], np.int64),
-        key=np.array([line[3] for line in ordered], np.bool_),
-        visible=np.array([line[4] for line in ordered], np.bool_),
+        shown_us=np.array([packet.shown_us for packet in ordered], np.int64),
+        length_us=np.array([packet.length_us for packet in ordered], np.int64),
+        decoded_us=np.array([packet.decoded_us for packet in ordered], np.int64),
+        key=np.array([packet.key for packet in ordered], np.bool_),
+        visible=np.array([packet.visible for packet in ordered], np.bool_),
         exact=exact,
         edge_us=round(EDGE_FRAMES * facts.frame_s * US),
         shift_us=0 if ordered_times else round(facts.held_back * facts.frame_s * US),
