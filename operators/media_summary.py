@@ -37,7 +37,7 @@ class Summaries:
         lines += [Line(one["start_s"], one["text"], True) for one in told["transcript"] or ()]
         try:
             if lines:
-                ids = self._prompt.window(lines).token_ids
+                ids = self._prompt.window(lines)
                 row.windows = [Window(ids, b"", 0, 0, media_hash(b"", 0, 0))]
             elif told["failed"] is not None:
                 row.error = MediaError(told["failed"], "nothing to tell of: every span failed")

@@ -45,14 +45,6 @@ class Line(NamedTuple):
     said: bool = False
 
 
-class Summary(NamedTuple):
-    """The prompt, and how many of the lines it does not hold whole."""
-
-    token_ids: list[int]
-    shortened: int
-    left_out: int
-
-
 @dataclass(frozen=True)
 class SummaryPrompt:
     """A rendered prompt with STAND_IN for lines and instruction. Plain data."""
@@ -64,7 +56,7 @@ class SummaryPrompt:
     max_tokens: int
     tokenizer: TokenizerFile
 
-    def window(self, lines: Sequence[Line]) -> Summary:
+    def window(self, lines: Sequence[Line]) -> list[int]:
         """Token ids of one request, with as much of the lines as there is room for.
 
         Raises MediaError prepare.too_long where there is no room for any; ValueError for no lines.
@@ -95,10 +87,9 @@ class SummaryPrompt:
                 )
                 if take
             ]
-            shortened = sum(0 < t < n for t, n in zip(shares, lengths, strict=True))
-            ids = self._ids(tokenizer, kept, cut=len(kept) < len(texts) or shortened > 0)
+            ids = self._ids(tokenizer, kept, cut=shares != lengths)
             if len(ids) <= self.max_tokens:
-                return Summary(ids, shortened, len(texts) - len(kept))
+                return ids
             # a line may take another token where it meets the next
             spare += len(ids) - self.max_tokens
 
