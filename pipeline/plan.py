@@ -40,22 +40,6 @@ MEDIA = "media"
 # Each of DuckDB's threads holds some of it: with 8 it fails where 4 are enough.
 MEMORY_LIMIT, MOST_THREADS = "2GB", 4
 
-# Extensions that a prefix without input.include takes, by modality.
-EXTENSIONS = {
-    "image": frozenset(
-        {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
-    ),
-    # and the sound tracks of videos
-    "audio": frozenset(
-        {".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aiff", ".aif"}
-        | {".amr", ".caf", ".mka", ".webm", ".mp4", ".mov", ".mkv", ".avi"}
-    ),
-    "video": frozenset(
-        {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"}
-        | {".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf"}
-    ),
-}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -219,7 +203,7 @@ DIVIDE: dict[str, Callable[[Job, duckdb.DuckDBPyConnection, Connect, SayCount], 
 
 
 def _list(job: Job, db: duckdb.DuckDBPyConnection, progress: SayCount) -> tuple[int, Counter[str]]:
-    source = Source(job.input, job.modality, EXTENSIONS[job.modality])
+    source = Source(job.input, job.modality)
     db.register("empty", FOUND.empty_table())
     db.execute("CREATE TABLE listed AS SELECT *, 0::BIGINT AS place FROM empty")
     listed = 0

@@ -22,7 +22,7 @@ from wcmatch import glob
 from wcmatch._wcparse import PatternLimitException
 
 from operators.stores import HTTP, LOCAL, local_path, protocol, redact
-from pipeline.config import InputConfig
+from pipeline.config import InputConfig, Modality
 from pipeline.manifest import MANIFESTS, manifest_assets
 from pipeline.source_list import entries, stat_asset
 from pipeline.source_rows import (
@@ -43,16 +43,33 @@ COMPRESSED_TAR = re.compile(r"\.(?:tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 MAX_PATTERNS = 10_000  # what {0000..9999} expands to
 
 
+# Extensions that a prefix without input.include takes, by modality.
+EXTENSIONS: dict[Modality, frozenset[str]] = {
+    "image": frozenset(
+        {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
+    ),
+    # and the sound tracks of videos
+    "audio": frozenset(
+        {".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aiff", ".aif"}
+        | {".amr", ".caf", ".mka", ".webm", ".mp4", ".mov", ".mkv", ".avi"}
+    ),
+    "video": frozenset(
+        {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"}
+        | {".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf"}
+    ),
+}
+
+
 class Source:
     """The assets that one `input:` section means, for one modality.
 
     `skipped` counts by reason what was passed over, while `batches` goes on and after it.
     """
 
-    def __init__(self, input: InputConfig, modality: str, extensions: frozenset[str]) -> None:
+    def __init__(self, input: InputConfig, modality: Modality) -> None:
         self._input = input
         self._modality = modality
-        self._extensions = frozenset(kind.lower() for kind in extensions)
+        self._extensions = EXTENSIONS[modality]
         self.skipped = Skipped()
 
     def batches(self) -> Iterator[pa.RecordBatch]:

@@ -18,7 +18,6 @@ from pipeline.config import Job
 from pipeline.evaluate import Output, Scores, open_output, score
 from pipeline.job_file import load_job
 from pipeline.parts import parquet_bytes
-from pipeline.plan import EXTENSIONS
 from pipeline.references import EvaluateError, Reference, References, matched
 from pipeline.run import Finished, output_faults
 from pipeline.source import Source
@@ -98,7 +97,7 @@ def sample_of(
     job: Job, references: References, count: int, seed: int
 ) -> tuple[pa.Table, References]:
     """A manifest of some referenced files of the job's input, and their references by asset_id."""
-    source = Source(job.input, job.modality, EXTENSIONS[job.modality])
+    source = Source(job.input, job.modality)
     found = (row for batch in source.batches() for row in batch.to_pylist())
     pairs = matched(references, found).pairs
     if not pairs:

@@ -10,11 +10,9 @@ from pipeline.config import InputConfig
 from pipeline.source import Source
 from pipeline.source_rows import SourceError
 
-IMAGES = frozenset({".jpg", ".png"})
-
 
 def source(uri, **given):
-    return Source(InputConfig(uri=str(uri), **given), "image", IMAGES)
+    return Source(InputConfig(uri=str(uri), **given), "image")
 
 
 def listed(uri, **given):

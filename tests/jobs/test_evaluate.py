@@ -23,7 +23,6 @@ from operators.schema import RESULTS
 from pipeline.assemble import Assembly, write_marker
 from pipeline.config import ConfigError, Job
 from pipeline.parts import parquet_bytes, part
-from pipeline.plan import EXTENSIONS
 from pipeline.references import EvaluateError, read_references
 from pipeline.report import write_latest, write_run
 from pipeline.run import Finished, folder_store
@@ -200,7 +199,7 @@ def corpus(tmp_path: Path) -> tuple[str, str]:
 
 def transcribe(job: Job) -> Finished:
     """In a run's place: lists the job's input as it does; long windows lose words."""
-    source = Source(job.input, job.modality, EXTENSIONS[job.modality])
+    source = Source(job.input, job.modality)
     found = [row for batch in source.batches() for row in batch.to_pylist()]
     assert job.limits.max_assets is None
     text = " ".join(["one", "apple", "pie"][: int(30 / job.audio.window_s)])
@@ -229,7 +228,7 @@ def test_a_sweep_runs_every_value_on_the_same_sample(
     assert all(uri.startswith(f"{tmp_path}/in/sub/") for uri in uris)
     # the ids are those of the job's own runs, and the sample repeats and grows
     first = next(iter(jobs.values()))
-    source = Source(first.input, "audio", EXTENSIONS["audio"])
+    source = Source(first.input, "audio")
     ids = {row["asset_id"] for batch in source.batches() for row in batch.to_pylist()}
     assert {one.key for one in tried[0].scores.assets} <= ids
     again, _ = sample_of(first, references, 5, 0)

@@ -276,6 +276,6 @@ def test_a_manifest_of_unknown_form_names_the_known_ones(tmp_path):
 
 
 def test_skipped_counts_pickle():
-    source = Source(InputConfig(uri="x"), "image", frozenset())
+    source = Source(InputConfig(uri="x"), "image")
     source.skipped.add("excluded")
     assert pickle.loads(pickle.dumps(source.skipped)) == {"excluded": 1}
