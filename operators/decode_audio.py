@@ -139,44 +139,9 @@ def decode_audio(
     """
     seek_s = max(0, begin // SAMPLE_RATE_HZ - PREROLL_S)
     zero = seek_s * SAMPLE_RATE_HZ
-    # In what was appended each part counts its times from zero: it is read from the start, and the
-    # clock goes on only there.
-    sought = {"itsoffset": -sound.origin_s} if sound.chained else {"ss": sound.origin_s + seek_s}
-    dropped = {"ss": seek_s} if sound.chained else {}
-    # where times are a count a changed rate makes them leap: there the bytes are the limit
-    limit = {"t": f"{stop / SAMPLE_RATE_HZ - seek_s + 1:.3f}"} if sound.timed else {}
-    source = ffmpeg.input(
-        f"file:{path}",
-        # absolute, so that the time line's zero is ours and not ffmpeg's
-        seek_timestamp=1,
-        **{name: f"{value:.6f}" for name, value in sought.items()},
-        threads=1,
-        protocol_whitelist=PROTOCOLS,
-        format_whitelist=FORMATS,
-    )
-    # One filter string: ffmpeg-python's own filters would choose the stream themselves.
-    pair = _is_pair(sound, track)
-    resample = f"aformat=sample_fmts=flt:channel_layouts={'stereo' if pair else 'mono'}"
-    command = (
-        ffmpeg.output(
-            source,
-            f"[f=f32le]pipe:1|[f=framecrc]{NOTES}",
-            map=f"0:{sound.index}",
-            af=",".join((_channels(sound, track), f"aresample={SAMPLE_RATE_HZ}", resample)),
-            f="tee",
-            c="pcm_f32le",
-            **dropped,
-            **limit,
-            sn=None,
-            dn=None,
-            vn=None,
-        )
-        .global_args("-nostdin", "-hide_banner", "-v", "error")
-        .global_args("-dts_delta_threshold", f"{LEAP_S:g}")
-        .compile()
-    )
+    command = _command(path, sound, seek_s, stop, track)
     most = (1 + MOST_DROPPED * sound.timed) * (stop - zero + SAMPLE_RATE_HZ)
-    width = 2 if pair else 1
+    width = 2 if _is_pair(sound, track) else 1
     done = run(command, settings, most_bytes=most * SAMPLE_BYTES * width)
     faulty = (done.cut and sound.timed) or done.status != 0 or _of_sound(done.message)
     # whole quarters of a second, so that what is chosen does not depend on stop
@@ -194,6 +159,47 @@ def decode_audio(
     # A float file may hold anything, and the model's front end is no place for it.
     found = np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
     return Piece(start, _one(found)[start - zero : stop - zero], lost, failure)
+
+
+def _command(path: str, sound: Sound, seek_s: int, stop: int, track: str) -> list[str]:
+    """ffmpeg from second seek_s to just behind the sample `stop`: samples out, a line a packet to NOTES."""
+    # In what was appended each part counts its times from zero: it is read from the start, and the
+    # clock goes on only there.
+    sought = {"itsoffset": -sound.origin_s} if sound.chained else {"ss": sound.origin_s + seek_s}
+    dropped = {"ss": seek_s} if sound.chained else {}
+    # where times are a count a changed rate makes them leap: there the bytes are the limit
+    limit = {"t": f"{stop / SAMPLE_RATE_HZ - seek_s + 1:.3f}"} if sound.timed else {}
+    source = ffmpeg.input(
+        f"file:{path}",
+        # absolute, so that the time line's zero is ours and not ffmpeg's
+        seek_timestamp=1,
+        **{name: f"{value:.6f}" for name, value in sought.items()},
+        threads=1,
+        protocol_whitelist=PROTOCOLS,
+        format_whitelist=FORMATS,
+    )
+    # One filter string: ffmpeg-python's own filters would choose the stream themselves.
+    layout = "stereo" if _is_pair(sound, track) else "mono"
+    form = f"aformat=sample_fmts=flt:channel_layouts={layout}"
+    command: list[str] = (
+        ffmpeg.output(
+            source,
+            f"[f=f32le]pipe:1|[f=framecrc]{NOTES}",
+            map=f"0:{sound.index}",
+            af=",".join((_channels(sound, track), f"aresample={SAMPLE_RATE_HZ}", form)),
+            f="tee",
+            c="pcm_f32le",
+            **dropped,
+            **limit,
+            sn=None,
+            dn=None,
+            vn=None,
+        )
+        .global_args("-nostdin", "-hide_banner", "-v", "error")
+        .global_args("-dts_delta_threshold", f"{LEAP_S:g}")
+        .compile()
+    )
+    return command
 
 
 def _of_sound(message: str) -> bool:
