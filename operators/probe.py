@@ -115,11 +115,12 @@ class Header:
     """What ffprobe reads of a file; streams as it names their fields."""
 
     formats: frozenset[str]
-    container: dict[str, Any]
     streams: list[dict[str, Any]]
     # The container's first timestamp, and the zero of our time line among the timestamps.
     first_s: float
     origin_s: float
+    # What the container says of itself.
+    duration_s: float | None
     # Its durations are a guess from the bit rate.
     guessed: bool
 
@@ -144,10 +145,10 @@ def read_header(
     first = seconds(container.get("start_time")) or 0.0
     return Header(
         formats=formats,
-        container=container,
         streams=found.get("streams", []),
         first_s=first,
         origin_s=0.0 if formats & FROM_ZERO else first,
+        duration_s=seconds(container.get("duration")),
         guessed=GUESSED in done.message,
     )
 
@@ -187,8 +188,9 @@ def end_s(header: Header, stream: dict[str, Any], *, alone: bool) -> float | Non
     tagged = CLOCK.match((stream.get("tags") or {}).get("DURATION", ""))
     if tagged:
         return int(tagged[1]) * 3600 + int(tagged[2]) * 60 + float(tagged[3])
-    whole = seconds(header.container.get("duration"))
-    return None if whole is None or not alone else header.first_s + whole
+    if header.duration_s is None or not alone:
+        return None
+    return header.first_s + header.duration_s
 
 
 def whole(file: str | Ranged) -> str:
