@@ -170,7 +170,7 @@ def write_marker(store: Store, run_id: str, assembly: Assembly) -> None:
         "run_id": run_id,
         "runs": assembly.runs,
         "accounts": assembly.accounts,
-        "files": [item.json() for item in assembly.parts],
+        "files": [vars(item) for item in assembly.parts],
     }
     store.write(MARKER, json.dumps(marker, indent=1).encode())
 

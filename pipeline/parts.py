@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
@@ -27,9 +26,6 @@ class Part:
     rows: int
     bytes: int
     sha256: str
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def batches(query: duckdb.DuckDBPyRelation) -> Iterator[pa.RecordBatch]:
