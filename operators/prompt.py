@@ -203,6 +203,11 @@ class Prompt:
         )
 
     @property
+    def own_tokens(self) -> int:
+        """Tokens beside the media's: the text, and the two marks around them."""
+        return len(self.head) + 2 + len(self.tail)
+
+    @property
     def raw_media_id(self) -> int | None:
         """The placeholder's token, where the checkpoint names it."""
         return self.media_id if self.media_id >= 0 else None

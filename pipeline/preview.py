@@ -71,15 +71,15 @@ def _tokens(job: Job, spans: int, prompts: Prompts, sizes: list[tuple[int, int]]
     """What goes in and comes out; of an image job in all, from the files that were looked at."""
     longest = {kind: asked.max_tokens for kind, asked in job.instructions.items()}
     if image := prompts.get("image"):
-        budget, text_tokens = job.image.max_soft_tokens, len(image.head) + len(image.tail) + 2
+        budget = job.image.max_soft_tokens
         counts = [tokens(height, width, budget) for width, height in sizes]
         mean = statistics.fmean(counts) if counts else float(budget)
         basis = (
             f"{len(counts)} files looked at" if counts else "the budget; no header could be read"
         )
         yield (
-            f"tokens in: about {spans * (text_tokens + mean):,.0f} ({mean:.0f} of the image, from"
-            f" {basis}, and {text_tokens} of the prompt, a file)"
+            f"tokens in: about {spans * (image.own_tokens + mean):,.0f} ({mean:.0f} of the image, from"
+            f" {basis}, and {image.own_tokens} of the prompt, a file)"
         )
         yield f"tokens out: at most {spans * longest['image']:,} ({longest['image']} an answer)"
     if video := prompts.get("video"):
@@ -91,9 +91,8 @@ def _tokens(job: Job, spans: int, prompts: Prompts, sizes: list[tuple[int, int]]
             f" {longest['video']} a segment"
         )
     if audio := prompts.get("audio"):
-        text_tokens = len(audio.head) + len(audio.tail) + 2
         yield (
-            f"tokens in: 25 a second of speech, and {text_tokens} of the prompt a window of at most"
+            f"tokens in: 25 a second of speech, and {audio.own_tokens} of the prompt a window of at most"
             f" {job.audio.window_s:g} s; tokens out: at most {longest['audio']} a window"
         )
     if "text" in prompts:

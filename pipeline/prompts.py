@@ -40,11 +40,10 @@ def job_prompts(job: Job) -> Prompts:
     ):
         if prompt is None:
             continue
-        asked = len(prompt.head) + len(prompt.tail) + 2
-        if asked + tokens > prompt.max_tokens:
+        if prompt.own_tokens + tokens > prompt.max_tokens:
             raise ConfigError(
-                f"model.max_model_len: {job.model.max_model_len} has no room for {asked} tokens of the"
-                f" prompt and {tokens} of {medium} beside an answer of"
+                f"model.max_model_len: {job.model.max_model_len} has no room for"
+                f" {prompt.own_tokens} tokens of the prompt and {tokens} of {medium} beside an answer of"
                 f" {job.model.max_model_len - prompt.max_tokens}"
             )
     return prompts
