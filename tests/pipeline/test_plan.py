@@ -59,7 +59,7 @@ def test_pictures_have_no_length(tmp_path: Path) -> None:
     job = Job.model_validate(fields | {"model": {"id": "some/model"}})
     with scratch() as db:
         plan = make_plan(
-            job, db, Store(str(tmp_path / "out"), {}), "run", lambda: None, lambda _: None
+            job, db, Store(str(tmp_path / "out"), {}), "run", lambda: None, lambda *_: None
         )
     assert plan.lengths is None
     assert plan.line() == "1 assets (0.0 MB), 1 spans, 1 to do"
