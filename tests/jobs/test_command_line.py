@@ -186,6 +186,7 @@ def test_a_signal_ends_in_order_with_its_own_code(number: str) -> None:
     program = (
         "import os, signal, threading, time\n"
         "import jobs.__main__ as command_line\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # as without nohup
         "def waits(options, console):\n"
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.%s)).start()\n"
         "    try:\n"

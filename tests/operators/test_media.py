@@ -79,7 +79,7 @@ def test_a_row() -> None:
     assert row["window_media"] == [patches.values.tobytes()]
     assert (row["window_columns"], row["window_rows"]) == ([patches.columns], [patches.rows])
     assert len(row["window_media"][0]) == count * PATCH_VALUES
-    assert row["window_tokens"] == [[1, 2, 6, *[7] * count, 8, 3]]
+    assert row["window_tokens"] == [PROMPT.window(count)]
     assert [len(digest) for digest in row["window_media_hash"]] == [32]
     assert (row["width_px"], row["height_px"], row["duration_s"]) == (640, 480, None)
     assert (row["error_code"], row["error_stage"], row["error_message"]) == (None, None, None)

@@ -145,7 +145,7 @@ def test_a_row(tmp_path: Path) -> None:
         strict=True,
     ):
         assert rows == 1
-        assert tokens == [2, 10, 20, *[21] * columns, 22, 11, 12]
+        assert tokens == PROMPT.window(columns)
         framed = np.frombuffer(media, np.float32).reshape(columns, FRAME_SAMPLES)
         start, end = round(start_s * RATE_HZ), round(end_s * RATE_HZ)
         assert 0 <= columns * FRAME_SAMPLES - (end - start) < FRAME_SAMPLES

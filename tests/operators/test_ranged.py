@@ -33,7 +33,9 @@ def divide(tmp_path: Path, s3: S3Server) -> Callable[..., list[Row]]:
 
     def divide(uri: str, size: int, *, pictures: bool = False) -> list[Row]:
         fetch = Fetch(FetchSettings(attempts=1), s3.options if uri.startswith("s3:") else {})
-        files = LocalFiles(fetch, str(tmp_path / "cache"))
+        files = LocalFiles(
+            fetch, str(tmp_path / "cache"), max_file_bytes=1 << 30, max_bytes=1 << 30
+        )
         tracks = partial(speech_tracks, audio=AUDIO)
         if pictures:
             tracks = partial(video_tracks, video=VIDEO, audio=AUDIO)
