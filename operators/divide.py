@@ -59,17 +59,18 @@ class Divide:
         return pa.Table.from_pylist(rows, schema=DIVIDED)
 
     def _rows(self, asset: dict[str, Any]) -> list[dict[str, Any]]:
-        ref = Ref.of(asset)
+        return divided(asset["asset_id"], self._read(Ref.of(asset), asset["version"]))
+
+    def _read(self, ref: Ref, version: str | None) -> list[Track]:
         # A fault is told by the whole file alone.
         with suppress(MediaError, WholeFileError), self._ranges(ref) as remote:
             if remote is not None:
-                return divided(asset["asset_id"], self._tracks(remote))
+                return self._tracks(remote)
         try:
-            with self._files(ref, asset["version"]) as file:
-                tracks = self._tracks(file.path)
+            with self._files(ref, version) as file:
+                return self._tracks(file.path)
         except MediaError:
-            tracks = [Track(self._unread, [(None, None)])]
-        return divided(asset["asset_id"], tracks)
+            return [Track(self._unread, [(None, None)])]
 
 
 def divided(asset_id: str, tracks: list[Track]) -> list[dict[str, Any]]:

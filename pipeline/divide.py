@@ -61,10 +61,7 @@ def _fetch(job: Job) -> Fetch:
 def divide_files(
     job: Job, db: duckdb.DuckDBPyConnection, connect: Connect, progress: SayCount
 ) -> None:
-    """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do.
-
-    A million headers in a store take an hour, so `progress` hears of it.
-    """
+    """Fill `divided` from `unfinished`. Connects to Ray where there is anything to do."""
     db.register("nothing", DIVIDED.empty_table())
     db.execute("CREATE TABLE divided AS SELECT * FROM nothing")
     columns = ", ".join(FOUND.names)
