@@ -261,8 +261,8 @@ def test_the_engine_of_a_video_takes_its_sound_and_its_summary(engine: Engine, n
 
     lines = [Line(10.0 * index, "a red circle moves left") for index in range(6)]
     written = load_summary_prompt(model_settings(nano), SUMMARY.text, ANSWER_TOKENS).window(lines)
-    answer = engine.submit(TextRequest(written.token_ids, max_tokens=5)).result(120)
-    assert answer.prompt_tokens == len(written.token_ids)
+    answer = engine.submit(TextRequest(written, max_tokens=5)).result(120)
+    assert answer.prompt_tokens == len(written)
     assert answer.media_tokens == 0
     assert 0 < answer.output_tokens <= 5
 
