@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return REFUSED
     except (KeyboardInterrupt, Terminated) as error:
-        print("stopped: what is finished is committed; run again to do the rest", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(
+                "stopped: what is finished is committed; run again to do the rest", file=sys.stderr
+            )
         return exit_code_of(error)
     finally:
         for number, handler in before.items():

@@ -38,9 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--count", type=int, default=300, help="examples per modality")
-    parser.add_argument("--same", type=int, default=60, help="compared with transformers, each")
+    parser.add_argument(
+        "--same", type=int, default=60, help="compared with transformers, each; 0: none"
+    )
     parser.add_argument("--seed", type=int, default=1_000_003)
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "nano")
+    parser.add_argument("--dtype", default="auto", help="of the engine: auto, float32 or bfloat16")
     parser.add_argument("--without-engine", action="store_true", help="transformers only")
     parser.add_argument("--errors", type=int, default=12, help="wrong answers to show")
     arguments = parser.parse_args()
@@ -57,12 +60,13 @@ def main() -> None:
         model = Transformers(arguments.checkpoint)
         answers = [model.answer(example.request) for example in examples]
     else:
-        answers = ask_engine(arguments.checkpoint, [example.request for example in examples])
+        requests = [example.request for example in examples]
+        answers = ask_engine(arguments.checkpoint, requests, arguments.dtype)
     print("\n".join(table(examples, answers)))
     wrong = [(e, a) for e, a in zip(examples, answers, strict=True) if a != e.expected]
     for example, answer in wrong[: arguments.errors]:
         print(f"  {example.group}: expected {example.expected!r}, got {answer!r}")
-    if arguments.without_engine:
+    if arguments.without_engine or not arguments.same:
         return
     compared = [example for part in parts for example in part[: arguments.same]]
     requests = [example.request for example in compared]
