@@ -131,11 +131,15 @@ def read_header(
     """Raises MediaError where the file cannot be read as media at all, and WholeFileError."""
     where = [*INPUT, "-i", f"file:{file}"] if isinstance(file, str) else [*REMOTE, "-i", file.url]
     command = ["ffprobe", "-v", "warning", "-of", "json", "-show_entries", entries]
-    done = run([*command, *where], settings, most_bytes=1 << 20)
-    if isinstance(file, Ranged):
-        file.check()
-    if done.status != 0:
-        raise done.failure()
+    try:
+        done = run([*command, *where], settings, most_bytes=1 << 20)
+        if isinstance(file, Ranged):
+            file.check()
+        if done.status != 0:
+            raise done.failure()
+    except MediaError:
+        whole(file)  # of a remote one it may be the store's fault: it took so long
+        raise
     try:
         found = json.loads(done.stdout)
     except ValueError:  # more streams than any file has

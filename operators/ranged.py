@@ -18,7 +18,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import BinaryIO
 
-from operators.fetch import Fetch, FetchError, Ref
+from operators.fetch import Fetch, Ref
 from operators.stores import LOCAL, protocol
 
 BLOCK_BYTES = 1 << 20
@@ -69,9 +69,11 @@ class Ranged:
             length = min(BLOCK_BYTES, self.size - start)
             offset = (self._ref.offset or 0) + start
             return self._fetch(replace(self._ref, offset=offset, length=length)).data
-        except (FetchError, WholeFileError):
+        except (
+            Exception
+        ) as error:  # none may pass for the file's end; the whole file meets it again
             self._broken = True
-            raise WholeFileError from None
+            raise WholeFileError from error
 
 
 class Ranges:

@@ -14,11 +14,14 @@ import sound
 import video
 from conftest import S3Server, WebServer
 
-from operators import ranged
+from operators import probe, ranged
 from operators.divide import Divide, speech_tracks, video_tracks
-from operators.fetch import Fetch
+from operators.errors import MediaError
+from operators.fetch import Fetch, Fetched, Ref
+from operators.ffmpeg_child import Done
 from operators.local_files import LocalFiles
-from operators.ranged import Ranges
+from operators.probe import probe_audio
+from operators.ranged import Ranges, WholeFileError
 from operators.schema import FOUND
 from operators.settings import AudioSettings, FetchSettings, VideoSettings
 
@@ -156,3 +159,51 @@ def test_a_store_that_fails_on_the_way_gives_no_shorter_file(
     s3.requests.clear()
     assert divide(uri, len(data)) == divide(str(path), len(data))
     assert read_whole(tmp_path)
+
+
+def test_a_store_that_is_too_slow_for_a_header_is_no_fault_of_the_file(
+    divide: Callable[..., list[Row]],
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its pictures could be read, so a plan with a fault in place of its sound would be kept."""
+    run = probe.run
+
+    def slow(
+        command: list[str], settings: AudioSettings | VideoSettings, *, most_bytes: int
+    ) -> Done:
+        if settings == AUDIO and command[-1].startswith("http:"):
+            raise MediaError("decode.timeout", "no end in 60 s")
+        return run(command, settings, most_bytes=most_bytes)
+
+    monkeypatch.setattr(ranged, "LEAST_BYTES", 1)
+    monkeypatch.setattr(probe, "run", slow)
+    path = video.numbered_video(tmp_path / "a.mp4", 50, *video.FORMATS["a.mp4"])
+    same_as_here(path, divide, s3, pictures=True)
+    assert read_whole(tmp_path)
+
+
+def test_a_fault_that_is_not_the_stores_gives_no_shorter_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transport stream has no header: where its sound ends is read from its last packets."""
+    monkeypatch.setattr(ranged, "LEAST_BYTES", 1)
+    monkeypatch.setattr(ranged, "BLOCK_BYTES", 1 << 14)
+    path = sound.write(tmp_path / "a.ts", sound.spoken(40).samples, *sound.FORMATS["a.ts"])
+    data = path.read_bytes()
+
+    def fetch(ref: Ref) -> Fetched:
+        assert ref.offset is not None
+        assert ref.length is not None
+        if broken and ref.offset > len(data) - 3 * ranged.BLOCK_BYTES:
+            raise RuntimeError("this machine is broken")
+        return Fetched(data[ref.offset : ref.offset + ref.length], 1)
+
+    with Ranges(fetch)(Ref("s3://bucket/a.ts", size_bytes=len(data))) as remote:  # type: ignore[arg-type]
+        broken = False
+        assert probe_audio(remote, AUDIO) == probe_audio(str(path), AUDIO)
+    with Ranges(fetch)(Ref("s3://bucket/a.ts", size_bytes=len(data))) as remote:  # type: ignore[arg-type]
+        broken = True
+        with pytest.raises(WholeFileError):
+            probe_audio(remote, AUDIO)
