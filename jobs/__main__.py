@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +24,7 @@ from jobs.exits import (
     TOO_MANY_FAILED,
     Terminated,
     exit_code_of,
+    say_last,
 )
 from jobs.submit import add_commands
 from pipeline.config import ConfigError
@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return REFUSED
     except (KeyboardInterrupt, Terminated) as error:
-        with suppress(OSError):  # the terminal may be gone
-            print(
-                "stopped: what is finished is committed; run again to do the rest", file=sys.stderr
-            )
+        say_last("stopped: what is finished is committed; run again to do the rest")
         return exit_code_of(error)
     finally:
         for number, handler in before.items():

@@ -1,5 +1,8 @@
 """How a command ends: exit codes that a scheduler can tell apart, and signals."""
 
+import sys
+from contextlib import suppress
+
 FINISHED = 0
 BROKEN = 1  # a machine or our own code; run again to do the rest
 REFUSED = 2  # the job, its model, input or output; no engine was started
@@ -17,3 +20,9 @@ class Terminated(BaseException):
 def exit_code_of(error: KeyboardInterrupt | Terminated) -> int:
     """The exit code of a command that a signal ended."""
     return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+
+
+def say_last(text: str) -> None:
+    """What a command that a signal ended says, on stderr: the terminal may be gone, its code stays."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from jobs.arguments import add_job
-from jobs.exits import BROKEN, FINISHED, TERMINATED, UNFINISHED, Terminated, exit_code_of
+from jobs.exits import (
+    BROKEN,
+    FINISHED,
+    TERMINATED,
+    UNFINISHED,
+    Terminated,
+    exit_code_of,
+    say_last,
+)
 from pipeline.config import ConfigError, Job
 from pipeline.job_file import load_job, read_job
 
@@ -103,10 +111,7 @@ def _with_server(command: Command) -> Callable[[argparse.Namespace, Console], in
             print(error, file=sys.stderr)
             return BROKEN
         except (KeyboardInterrupt, Terminated) as error:
-            print(
-                "stopped before the cluster answered; `ray job list` says what goes on there",
-                file=sys.stderr,
-            )
+            say_last("stopped before the cluster answered; `ray job list` says what goes on there")
             return exit_code_of(error)
 
     return run
@@ -154,7 +159,7 @@ def _watch(
     except (KeyboardInterrupt, Terminated) as error:
         stop = f"polyscribe stop {job_id} --address {options.address}"
         then = then or f"it goes on, and `{stop}` ends it"
-        print(f"no longer watching {job_id}: {then}", file=sys.stderr)
+        say_last(f"no longer watching {job_id}: {then}")
         return exit_code_of(error)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -15,10 +18,19 @@ import pytest
 from conftest import WebServer
 from job_server import ENVIRONMENT, JOB, VERSION, answer, polyscribe
 from ports import free_ports
+from rich.console import Console
 
 from jobs.__main__ import main
-from jobs.exits import BROKEN, FINISHED, REFUSED, TERMINATED, TOO_MANY_FAILED, UNFINISHED
-from jobs.submit import exit_code
+from jobs.exits import (
+    BROKEN,
+    FINISHED,
+    REFUSED,
+    TERMINATED,
+    TOO_MANY_FAILED,
+    UNFINISHED,
+    Terminated,
+)
+from jobs.submit import _watch, _with_server, exit_code
 from pipeline.submit import JobServer, State, SubmitError
 
 
@@ -60,6 +72,24 @@ def test_sigterm_ends_the_watching_and_not_the_job(
     assert watching.returncode == TERMINATED
     assert f"no longer watching one: {said}" in printed
     assert "committed" not in printed
+
+
+def test_a_terminal_that_is_gone_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "no terminal")
+
+    class Server:
+        def wait(self, job_id: str) -> State:
+            raise Terminated
+
+    def waits(server: object, options: object, console: object) -> int:
+        raise Terminated
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    options = argparse.Namespace(follow=False, wait=True, address="http://127.0.0.1:8265")
+    assert _watch(Server(), "one", options) == TERMINATED  # type: ignore[arg-type]
+    assert _with_server(waits)(options, Console()) == TERMINATED
 
 
 def test_a_server_that_is_away_for_a_moment_is_not_the_end_of_the_job(web: WebServer) -> None:
