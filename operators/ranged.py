@@ -69,23 +69,26 @@ class Ranged:
             length = min(BLOCK_BYTES, self.size - start)
             offset = (self._ref.offset or 0) + start
             return self._fetch(replace(self._ref, offset=offset, length=length)).data
-        except (
-            Exception
-        ) as error:  # none may pass for the file's end; the whole file meets it again
+        # none may pass for the file's end; the whole file meets it again
+        except Exception as error:
             self._broken = True
             raise WholeFileError from error
 
 
 class Ranges:
-    """`with ranges(ref) as remote:` None where the file is local, small, or of unknown size. Pickles."""
+    """`with ranges(ref) as remote:` None where the file is local, small, too large, or of unknown size.
 
-    def __init__(self, fetch: Fetch) -> None:
+    max_file_bytes: as LocalFiles', which refuses it once. Pickles.
+    """
+
+    def __init__(self, fetch: Fetch, *, max_file_bytes: int) -> None:
         self._fetch = fetch
+        self._max_file_bytes = max_file_bytes
 
     @contextmanager
     def __call__(self, ref: Ref) -> Iterator[Ranged | None]:
-        size = ref.planned
-        if protocol(ref.uri) in LOCAL or size is None or size < LEAST_BYTES:
+        size = ref.planned or 0
+        if protocol(ref.uri) in LOCAL or not LEAST_BYTES <= size <= self._max_file_bytes:
             yield None
             return
         server, name = _server(), secrets.token_urlsafe()

@@ -45,7 +45,8 @@ def local_files(job: Job) -> LocalFiles:
 
 def divider(job: Job) -> Divide:
     """How this job's files are divided."""
-    read = Ranges(_fetch(job)), local_files(job)
+    ranges = Ranges(_fetch(job), max_file_bytes=job.fetch.max_file_bytes)
+    read = ranges, local_files(job)
     if job.modality == "video":
         return Divide(*read, partial(video_tracks, video=job.video, audio=job.audio), FRAMES)
     unread = sound_tracks(1, job.audio)[0]

@@ -135,6 +135,8 @@ def _delete_s3(store: fsspec.AbstractFileSystem, paths: list[str]) -> None:
     )
     # s3fs's own bulk delete does not look at these.
     for fault in answer.get("Errors", []):
+        if fault.get("Code") == "NoSuchKey":  # AWS does not say so, others may
+            continue
         kind = PermissionError if fault.get("Code") == "AccessDenied" else OSError
         raise kind(f"s3://{bucket}/{fault['Key']}: not deleted: {fault.get('Code')}")
 

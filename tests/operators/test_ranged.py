@@ -43,7 +43,9 @@ def divide(tmp_path: Path, s3: S3Server) -> Callable[..., list[Row]]:
         if pictures:
             tracks = partial(video_tracks, video=VIDEO, audio=AUDIO)
         row = {"asset_id": "a", "uri": uri, "fetch_uri": uri, "size_bytes": size, "version": "1"}
-        call = pickle.loads(pickle.dumps(Divide(Ranges(fetch), files, tracks, "mix")))
+        call = pickle.loads(
+            pickle.dumps(Divide(Ranges(fetch, max_file_bytes=1 << 30), files, tracks, "mix"))
+        )
         rows: list[Row] = call(pa.Table.from_pylist([row], schema=FOUND)).to_pylist()
         return rows
 
@@ -126,6 +128,13 @@ def test_of_a_long_recording_a_block_is_read(
     assert not read_whole(tmp_path)
 
 
+def test_a_file_that_is_too_large_is_one_fault_and_not_one_a_span(s3: S3Server) -> None:
+    ranges = Ranges(Fetch(FetchSettings(), s3.options), max_file_bytes=ranged.LEAST_BYTES)
+    for size, asked in ((ranged.LEAST_BYTES, True), (ranged.LEAST_BYTES + 1, False)):
+        with ranges(Ref("s3://bucket/a.wav", size_bytes=size)) as remote:
+            assert (remote is not None) == asked
+
+
 def test_a_server_without_ranges_gives_the_whole_file(
     divide: Callable[..., list[Row]], web: WebServer, tmp_path: Path
 ) -> None:
@@ -200,10 +209,14 @@ def test_a_fault_that_is_not_the_stores_gives_no_shorter_file(
             raise RuntimeError("this machine is broken")
         return Fetched(data[ref.offset : ref.offset + ref.length], 1)
 
-    with Ranges(fetch)(Ref("s3://bucket/a.ts", size_bytes=len(data))) as remote:  # type: ignore[arg-type]
+    with Ranges(fetch, max_file_bytes=1 << 30)(
+        Ref("s3://bucket/a.ts", size_bytes=len(data))
+    ) as remote:  # type: ignore[arg-type]
         broken = False
         assert probe_audio(remote, AUDIO) == probe_audio(str(path), AUDIO)
-    with Ranges(fetch)(Ref("s3://bucket/a.ts", size_bytes=len(data))) as remote:  # type: ignore[arg-type]
+    with Ranges(fetch, max_file_bytes=1 << 30)(
+        Ref("s3://bucket/a.ts", size_bytes=len(data))
+    ) as remote:  # type: ignore[arg-type]
         broken = True
         with pytest.raises(WholeFileError):
             probe_audio(remote, AUDIO)
