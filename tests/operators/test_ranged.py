@@ -52,27 +52,30 @@ def divide(tmp_path: Path, s3: S3Server) -> Callable[..., list[Row]]:
     return divide
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of some hundred kB are read by ranges, and not in one block."""
+    monkeypatch.setattr(ranged, "LEAST_BYTES", 1)
+    monkeypatch.setattr(ranged, "BLOCK_BYTES", 1 << 14)
+
+
 def read_whole(folder: Path) -> bool:
     cache = folder / "cache"
     return cache.exists() and any(len(path.name) == 32 for path in cache.iterdir())
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", sound.FORMATS)
 def test_sound_in_every_format(
-    name: str,
-    divide: Callable[..., list[Row]],
-    s3: S3Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, divide: Callable[..., list[Row]], s3: S3Server, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ranged, "LEAST_BYTES", 1)
-    monkeypatch.setattr(ranged, "BLOCK_BYTES", 1 << 14)
     path = sound.write(tmp_path / name, sound.spoken(40).samples, *sound.FORMATS[name])
     same_as_here(path, divide, s3)
     # its frames stand one behind the other
     assert read_whole(tmp_path) == (name == "a.aac")
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("name", "whole"),
     [
@@ -83,15 +86,8 @@ def test_sound_in_every_format(
     ],
 )
 def test_pictures_in_formats_of_every_kind(
-    name: str,
-    whole: bool,
-    divide: Callable[..., list[Row]],
-    s3: S3Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, whole: bool, divide: Callable[..., list[Row]], s3: S3Server, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ranged, "LEAST_BYTES", 1)
-    monkeypatch.setattr(ranged, "BLOCK_BYTES", 1 << 14)
     path = video.numbered_video(tmp_path / name, 200, *video.FORMATS[name])
     same_as_here(path, divide, s3, pictures=True)
     assert read_whole(tmp_path) == whole
@@ -193,12 +189,9 @@ def test_a_store_that_is_too_slow_for_a_header_is_no_fault_of_the_file(
     assert read_whole(tmp_path)
 
 
-def test_a_fault_that_is_not_the_stores_gives_no_shorter_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("small_blocks")
+def test_a_fault_that_is_not_the_stores_gives_no_shorter_file(tmp_path: Path) -> None:
     """A transport stream has no header: where its sound ends is read from its last packets."""
-    monkeypatch.setattr(ranged, "LEAST_BYTES", 1)
-    monkeypatch.setattr(ranged, "BLOCK_BYTES", 1 << 14)
     path = sound.write(tmp_path / "a.ts", sound.spoken(40).samples, *sound.FORMATS["a.ts"])
     data = path.read_bytes()
 
