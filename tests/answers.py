@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from deploy.nano.generate_speech import Word
+from deploy.nano import generate_speech
+from deploy.nano.generate_speech import Recording, Word
+from operators.score import Edits, measure
 from pipeline.config import Job
 from pipeline.run import Finished, run
 
@@ -42,17 +43,17 @@ def rows(finished: Finished) -> list[dict[str, Any]]:
     return found
 
 
-def words_right(said: list[str], heard: list[str]) -> float:
-    """Share of `said` that `heard` has, in order."""
-    blocks = SequenceMatcher(None, said, heard, autojunk=False).get_matching_blocks()
-    return sum(block.size for block in blocks) / len(said)
+def words(recording: Recording, heard: str) -> Edits:
+    """Words of a transcript that are wrong, missing, or were never said."""
+    said = generate_speech.answer(recording.words, "digits")
+    return measure(said, heard, "basic", unspaced=False).words
 
 
-def outside(words: Iterable[Word], segments: list[Mapping[str, Any]]) -> list[Word]:
+def outside(said: Iterable[Word], segments: list[Mapping[str, Any]]) -> list[Word]:
     """The words that lie in no segment."""
     return [
         word
-        for word in words
+        for word in said
         if not any(
             segment["start_s"] - WORD_SLACK_S <= word.start_s
             and word.end_s <= segment["end_s"] + WORD_SLACK_S

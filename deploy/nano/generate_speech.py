@@ -20,6 +20,10 @@ NOISE_SAMPLES: Final = 600 * SAMPLE_RATE_HZ
 MAX_WORDS: Final = 12
 CODECS: Final = ("libmp3lame", "aac")
 BITRATES_KBIT_S: Final = (16, 24, 32, 48, 64)
+# What may lie between the phrases of a long recording. The checkpoint takes a rest of music, left beside
+# speech, for a word.
+BETWEEN: Final = ("silence", "noise")
+WITH_MUSIC: Final = ("silence", "silence", "noise", "music")
 
 
 @dataclass(frozen=True)
@@ -238,16 +242,14 @@ def long_recording(
     rng: np.random.Generator,
     duration_s: float,
     noise_db: float = -50.0,
-    left_out: frozenset[int] = frozenset(),
+    between: tuple[str, ...] = BETWEEN,
 ) -> Recording:
     """Speak phrases with pauses between them until `duration_s` is reached.
 
-    A pause is digital silence, noise or music of 0.8 to 4 s; noise at `noise_db` below full
-    scale lies under the whole. The result is at least `duration_s` long, ends with a pause, and
-    knows the true time of each word. Phrases are drawn independently; the numbers in `left_out`
-    are not used.
+    A pause is one of `between` (silence is digital), 0.8 to 4 s long; noise at `noise_db` below
+    full scale lies under the whole. The result is at least `duration_s` long, ends with a pause, and
+    knows the true time of each word.
     """
-    seed = int(rng.integers(2**31))
     pieces: list[Waveform] = []
     words: list[Word] = []
     regions: list[tuple[str, float, float]] = []
@@ -260,19 +262,14 @@ def long_recording(
         position += len(sound)
         regions.append((kind, start, position / SAMPLE_RATE_HZ))
 
-    number = -1
     while position < duration_s * SAMPLE_RATE_HZ:
-        number += 1
-        if number in left_out:
-            continue
-        rng = np.random.default_rng((seed, number))
         count = int(rng.integers(1, 9))
         phrase = compose(draw_words(rng, count), bank, rng, max_s=10.0)
         offset = position / SAMPLE_RATE_HZ
         append("speech", phrase.samples)
         words += [Word(w.text, w.start_s + offset, w.end_s + offset) for w in phrase.words]
         length = int(rng.uniform(0.8, 4.0) * SAMPLE_RATE_HZ)
-        kind = str(rng.choice(("silence", "silence", "noise", "music")))
+        kind = str(rng.choice(between))
         if kind == "noise":
             append(kind, noise(length, rng) * np.float32(0.02))
         elif kind == "music":
