@@ -14,6 +14,7 @@ files. The header is read first; nothing is allocated for pixels before the limi
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pi_heif import HeifImageFile
+from pi_heif import options as heif_options
 from PIL import (
     AvifImagePlugin,
     Image,
@@ -49,6 +52,14 @@ SIGNATURES = (
     (b"II+\0", "TIFF"),
     (b"MM\0+", "TIFF"),
 )
+
+# Of HEIC, the form of phones' pictures, and of other HEIF. `mif1` and `msf1` only say that it is HEIF, and
+# AVIF is that too.
+HEIF_BRANDS = re.compile(b"he[iv][cmsx]|heif|mif1|msf1")
+Image.register_open("HEIF", HeifImageFile)  # without its own look at the first bytes
+# Ray gives a task one CPU. Thumbnails, depth maps and mattes are not the picture.
+heif_options.DECODE_THREADS = 1
+heif_options.THUMBNAILS = heif_options.DEPTH_IMAGES = heif_options.AUX_IMAGES = False
 
 # What Pillow's parsers raise on damaged files, caught only around calls into Pillow, so
 # that none of these can hide a mistake of ours.
@@ -185,10 +196,12 @@ def _sniff(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[4:8] == b"ftyp":
-        # ISO base media: HEIC and MP4 begin alike, the brands tell
+        # ISO base media: HEIF and MP4 begin alike, the brands tell
         brands = data[8 : max(16, min(int.from_bytes(data[:4], "big"), 256))]
         if b"avif" in brands or b"avis" in brands:
             return "AVIF"
+        if any(HEIF_BRANDS.fullmatch(brands, at, at + 4) for at in range(0, len(brands), 4)):
+            return "HEIF"
     return None
 
 

@@ -46,7 +46,8 @@ MAX_PATTERNS = 10_000  # what {0000..9999} expands to
 # Extensions that a prefix without input.include takes, by modality.
 EXTENSIONS: dict[Modality, frozenset[str]] = {
     "image": frozenset(
-        {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
+        {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
+        | {".heic", ".heif", ".hif"}
     ),
     # and the sound tracks of videos
     "audio": frozenset(

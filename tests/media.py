@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 from PIL import Image
 
 
@@ -28,7 +29,12 @@ def encode(image: Image.Image | npt.NDArray[Any], format: str, **options: object
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     file = io.BytesIO()
-    image.save(file, format, **options)
+    if format == "HEIF":
+        # not as Pillow's plugin: that would read HEIF as well, in place of the product's
+        exif = options.pop("exif", Image.Exif()).tobytes()
+        pillow_heif.from_pillow(image).save(file, exif=exif, **options)
+    else:
+        image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -94,4 +100,5 @@ def every_format() -> dict[str, bytes]:
         "TIFF deflate": encode(picture, "TIFF", compression="tiff_adobe_deflate"),
         "TIFF LZW": encode(picture, "TIFF", compression="tiff_lzw"),
         "AVIF": encode(picture, "AVIF"),
+        "HEIC": encode(picture, "HEIF"),
     }

@@ -30,7 +30,7 @@ from operators.patchify import patchify
 from operators.settings import ImageSettings
 
 DEFAULT = ImageSettings()
-LOSSY = {"JPEG", "JPEG progressive", "WebP", "AVIF", "GIF"}
+LOSSY = {"JPEG", "JPEG progressive", "WebP", "AVIF", "HEIC", "GIF"}
 
 
 def code(data: bytes, settings: ImageSettings = DEFAULT) -> str:
@@ -126,7 +126,8 @@ def test_what_follows_a_png_is_not_the_pictures() -> None:
         (b"this is a text named .jpg\n", "decode.unsupported"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "decode.unsupported"),
         (b"8BPS\0\1" + bytes(100), "decode.unsupported"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "decode.unsupported"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "decode.corrupt"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(50), "decode.unsupported"),
         (b"\xff\xd8\xff", "decode.corrupt"),
         (b"\x89PNG\r\n\x1a\n", "decode.corrupt"),
         (bytes(1000), "decode.unsupported"),
@@ -160,7 +161,7 @@ def test_first_frame(format: str) -> None:
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF", "HEIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(format: str, orientation: int) -> None:
     image = Image.fromarray(photo(64, 48))
