@@ -114,7 +114,9 @@ def _sample_sizes(job: Job, db: duckdb.DuckDBPyConnection) -> list[tuple[int, in
     for uri, offset, size in rows:
         try:
             head = fetch(Ref(uri, offset, min(size, HEADER_BYTES))).data
-            sizes.append(probe_image(head, job.image))
+            # WebP, AVIF and HEIF say how long they are, and are refused where the end is not there.
+            whole = head.ljust(min(size, job.fetch.max_bytes), b"\0")
+            sizes.append(probe_image(whole, job.image))
         except MediaError:
             continue  # it will fail in the run, with its code; here it only thins the sample
     return sizes

@@ -17,6 +17,7 @@ from PIL import Image
 from jobs.__main__ import _parser, main
 from jobs.exits import BROKEN, FINISHED, REFUSED, TERMINATED
 from pipeline.job_file import load_job
+from pipeline.preview import HEADER_BYTES
 
 
 @pytest.fixture
@@ -169,6 +170,12 @@ def test_a_plan_shows_counts_tokens_and_reasons_without_an_engine(
         "run first took 2.00 engine hours for 100 spans, models' loading apart (engines waited 25% of"
         " it): at its pace 0.1 engine hours, 3:36 with 1\n"
     ) in capsys.readouterr().out
+    for format in ("webp", "avif", "heif"):  # whose headers alone are refused
+        large = media.encode(media.photo(1600, 1200), format.upper())
+        assert len(large) > HEADER_BYTES
+        (job.parent / "in" / f"large.{format}").write_bytes(large)
+    assert main(["plan", str(job)]) == FINISHED
+    assert "from 5 files looked at" in capsys.readouterr().out
 
 
 def test_help_names_every_command() -> None:
