@@ -120,10 +120,8 @@ class Engine:
         gc.collect()
 
     async def _start(self, model: ModelSettings, options: EngineOptions) -> Any:  # noqa: ANN401
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if options.max_soft_tokens > 1024:
-            # vLLM's V2 runner drops bidirectional attention for an image of more than 1024 tokens.
-            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        for name, value in engine_environment(options.max_soft_tokens).items():
+            os.environ.setdefault(name, value)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -254,6 +252,21 @@ def end_process(reason: str) -> None:
     """End this process without clean-up: the way out of a dead engine that Ray recovers from."""
     print(f"polyscribe: {reason}; ending this engine actor", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def engine_environment(max_soft_tokens: int) -> dict[str, str]:
+    """What vLLM reads from the environment, here and in its own process, unless somebody has set it."""
+    environment = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # FlashInfer compiles its sampler on the machine, with CUDA's compiler, and vLLM tries it at
+        # each start: where there is only the driver, no engine would start. No request would take
+        # it either: all are greedy or have a seed.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    }
+    if max_soft_tokens > 1024:
+        # vLLM's V2 runner drops bidirectional attention for an image of more than 1024 tokens.
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return environment
 
 
 def media_limits(options: EngineOptions) -> dict[str, int]:

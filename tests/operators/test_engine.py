@@ -18,9 +18,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Gemma4UnifiedForConditionalGeneration
+from vllm.envs import environment_variables
 
 from operators.decode_image import decode_image
-from operators.engine import Adapter, Engine, EngineOptions, engine_dtype
+from operators.engine import (
+    Adapter,
+    Engine,
+    EngineOptions,
+    engine_dtype,
+    engine_environment,
+)
 from operators.engine_media import pixel_values
 from operators.engine_meter import Meter, watch
 from operators.errors import MediaError
@@ -210,6 +217,19 @@ def test_a_cpu_that_emulates_bfloat16_takes_float32(
     monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     assert engine_dtype(asked) == taken
+
+
+@pytest.mark.parametrize(("budget", "v2_runner"), [(280, None), (1120, False)])
+def test_no_engine_needs_cudas_compiler_and_large_pictures_take_the_older_runner(
+    budget: int, v2_runner: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = environment_variables  # an unknown name would be read by nobody
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    for name, value in engine_environment(budget).items():
+        assert name in known
+        monkeypatch.setenv(name, value)
+    assert known["VLLM_USE_FLASHINFER_SAMPLER"]() is False
+    assert known["VLLM_USE_V2_MODEL_RUNNER"]() is v2_runner
 
 
 def test_the_watchdog_acts_where_requests_are_open_and_no_token_comes() -> None:
