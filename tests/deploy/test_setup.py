@@ -137,6 +137,29 @@ def test_a_machine_without_a_fitting_python_is_told_what_to_install(
     assert "python3.11-venv" in ended.stderr
 
 
+def test_a_gpu_machine_needs_what_triton_compiles_with(checkout: Path, programs: Path) -> None:
+    """Engines that cannot compile do not start: to be told before gigabytes are installed."""
+    add(programs, "ffmpeg", "ffprobe")
+    headers = programs.parent / "headers"
+    # asks for nothing but its version, venv and headers, as deploy/setup does before it installs
+    python = f"""case $2 in
+*Python.h*) [[ -e "{headers}" ]] ;;
+*print*) echo 3.11 ;;
+*) [[ $1 == -c ]] ;;
+esac"""
+    add(programs, "python3.11", script=python)
+    without_compiler = setup(checkout, "gpu", path=programs)
+    assert without_compiler.returncode == 1
+    assert "missing: gcc." in without_compiler.stderr
+    add(programs, "gcc")
+    without_headers = setup(checkout, "gpu", path=programs)
+    assert without_headers.returncode == 1
+    assert "apt-get install python3.11-dev libc6-dev" in without_headers.stderr
+    assert "installing polyscribe" not in without_headers.stderr
+    headers.touch()
+    assert "installing polyscribe (gpu)" in setup(checkout, "gpu", path=programs).stderr
+
+
 def test_a_finished_set_up_is_left_alone_quickly(checkout: Path, programs: Path) -> None:
     # Without Python or pip on the PATH, anything but leaving it alone would fail.
     add(programs, "ffmpeg", "ffprobe")
