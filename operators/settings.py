@@ -264,7 +264,13 @@ class SamplingSettings(Settings):
     )
     top_p: float = Field(0.95, gt=0, le=1, description="the 12B's own default; unused at 0")
     top_k: int = Field(64, ge=-1, description="the 12B's own default; unused at 0")
-    seed: int = Field(0, description="of the draw; unused at temperature 0")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**63 - 1,
+        description="of the draw; unused at temperature 0. vLLM takes -1 for none, and dies of a number"
+        " that its 64 bits do not hold",
+    )
     max_tokens: int | None = Field(
         None,
         ge=1,

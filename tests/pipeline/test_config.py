@@ -58,6 +58,8 @@ def test_every_field_says_what_it_is() -> None:
         (MINIMAL + "image: {max_soft_tokens: 300}\n", ["image.max_soft_tokens", "280", "300"]),
         (MINIMAL + "image: {max_soft_token: 280}\n", ["image.max_soft_token", "no such field"]),
         (MINIMAL + "sampling: {temperature: hot}\n", ["sampling.temperature", "number", "'hot'"]),
+        (MINIMAL + "sampling: {seed: -1}\n", ["sampling.seed", "-1", "0"]),
+        (MINIMAL + f"sampling: {{seed: {2**63}}}\n", ["sampling.seed", str(2**63 - 1)]),
         (MINIMAL + "prompt: {preset: tags, text: x}\n", ["prompt", "not both"]),
         ("task: caption\n", ["input: missing", "output: missing", "model: missing"]),
         (MINIMAL.replace("caption\n", "custom\n", 1), ["prompt.text"]),
