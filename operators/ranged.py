@@ -76,9 +76,10 @@ class Ranged:
 
 
 class Ranges:
-    """`with ranges(ref) as remote:` None where the file is local, small, too large, or of unknown size.
+    """`with ranges(ref) as remote:` None where the file is local, small or too large, or has no ranges.
 
-    max_file_bytes: as LocalFiles', which refuses it once. Pickles.
+    Raises FetchError where the store is asked for the size, which nobody lists over HTTP, and does not
+    say it. max_file_bytes: as LocalFiles', which refuses it once. Pickles.
     """
 
     def __init__(self, fetch: Fetch, *, max_file_bytes: int) -> None:
@@ -87,8 +88,8 @@ class Ranges:
 
     @contextmanager
     def __call__(self, ref: Ref) -> Iterator[Ranged | None]:
-        size = ref.planned or 0
-        if protocol(ref.uri) in LOCAL or not LEAST_BYTES <= size <= self._max_file_bytes:
+        size = 0 if protocol(ref.uri) in LOCAL else self._size(ref)
+        if not LEAST_BYTES <= size <= self._max_file_bytes:
             yield None
             return
         server, name = _server(), secrets.token_urlsafe()
@@ -99,6 +100,13 @@ class Ranges:
             yield remote
         finally:
             del server.files[f"/{name}"]
+
+    def _size(self, ref: Ref) -> int:
+        """0 where it is not known, or parts cannot be read."""
+        if ref.planned is not None:
+            return ref.planned
+        state = self._fetch.state(ref)
+        return state.size or 0 if state.ranges else 0
 
 
 class _Reader(io.RawIOBase):

@@ -34,7 +34,7 @@ Row = dict[str, object]
 def divide(tmp_path: Path, s3: S3Server) -> Callable[..., list[Row]]:
     """Rows of a file by its URI, and what was read whole lies in `tmp_path`/cache."""
 
-    def divide(uri: str, size: int, *, pictures: bool = False) -> list[Row]:
+    def divide(uri: str, size: int | None, *, pictures: bool = False) -> list[Row]:
         fetch = Fetch(FetchSettings(attempts=1), s3.options if uri.startswith("s3:") else {})
         files = LocalFiles(
             fetch, str(tmp_path / "cache"), max_file_bytes=1 << 30, max_bytes=1 << 30
@@ -143,9 +143,33 @@ def test_a_server_without_ranges_gives_the_whole_file(
         handler.wfile.write(data)
 
     web.routes["/long.wav"] = route
-    rows = divide(f"{web.url}/long.wav", len(data))
+    for size in (len(data), None):
+        rows = divide(f"{web.url}/long.wav", size)
+        assert rows[-1]["span_end_s"] == 375.0
+        assert read_whole(tmp_path)
+
+
+def test_of_a_url_whose_size_nobody_listed_a_block_is_read(
+    divide: Callable[..., list[Row]], web: WebServer, tmp_path: Path
+) -> None:
+    """A manifest of URLs has no sizes: each file was read whole to plan, and again to work on it."""
+    data = long_wav(tmp_path / "long.wav")
+    asked = []
+
+    def route(handler: object) -> None:
+        asked.append(handler.headers.get("Range", f"bytes=0-{len(data) - 1}"))
+        first, last = map(int, asked[-1].removeprefix("bytes=").split("-"))
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        handler.send_header("Content-Length", str(last + 1 - first))
+        handler.end_headers()
+        handler.wfile.write(data[first : last + 1])
+
+    web.routes["/long.wav"] = route
+    rows = divide(f"{web.url}/long.wav", None)
     assert rows[-1]["span_end_s"] == 375.0
-    assert read_whole(tmp_path)
+    assert asked == ["bytes=0-0", f"bytes=0-{ranged.BLOCK_BYTES - 1}"]
+    assert not read_whole(tmp_path)
 
 
 def test_a_store_that_fails_on_the_way_gives_no_shorter_file(
