@@ -34,6 +34,9 @@ SOUND_S_AN_HOUR = 20.0
 # CPU milliseconds a second of 720p H.264 that is decoded whole, one core, measured (8.7 s for five
 # minutes), and those of a frame that is kept: resize, patches and hash of 1 MP.
 VIDEO_MS, FRAME_MS = 29.0, 2.0
+# CPU milliseconds to seek and decode one frame of those that lie far apart, one core, measured: 32 of
+# five minutes of 720p H.264 took 4.9 s. Nothing between them is decoded.
+APART_MS = 150.0
 
 # Tokens a second of one engine, the 12B in bf16 on an 80 GB card. An estimate, not a measurement:
 # prefill is 24 GFLOP a token at 400 TFLOPS; a decode step of 256 answers reads 24 GB of weights and
@@ -113,7 +116,7 @@ def compute(
     resources, engine = job.resources, job.engine
     gpus = sum(node.gpus for node in nodes)
     on_gpu = gpus > 0 if resources.accelerator == "auto" else resources.accelerator == "gpu"
-    load = LOADS[job.modality](job, megapixels)
+    load = LOADS[job.modality](job, megapixels, None if lengths is None else lengths.mean_s)
     units = spans * load.units_a_span if lengths is None else lengths.total_s
     engines, why = _engines(job, gpus, on_gpu, units * load.engine_s)
     engine_cpus = _engine_cpus(nodes, engines, on_gpu)
@@ -175,7 +178,7 @@ def compute(
     )
 
 
-def image_load(job: Job, megapixels: float | None) -> Load:
+def image_load(job: Job, megapixels: float | None, mean_s: float | None) -> Load:
     """An image: decode, resize and patches; prefill of its tokens and half of the longest answer."""
     mean = megapixels or USUAL_MEGAPIXELS
     prefill_s = (job.image.max_soft_tokens + PROMPT_TOKENS) / PREFILL_TOKENS_S
@@ -188,7 +191,7 @@ def image_load(job: Job, megapixels: float | None) -> Load:
     )
 
 
-def audio_load(job: Job, megapixels: float | None) -> Load:
+def audio_load(job: Job, megapixels: float | None, mean_s: float | None) -> Load:
     """A second of sound, as if somebody spoke all the time: where nobody does, engines idle sooner."""
     prefill_s = (FRAMES_S + PROMPT_TOKENS / job.audio.window_s) / PREFILL_TOKENS_S
     return Load(
@@ -200,27 +203,36 @@ def audio_load(job: Job, megapixels: float | None) -> Load:
     )
 
 
-def video_load(job: Job, megapixels: float | None) -> Load:
-    """A second of 720p, its segments of middling length; with its sound, where that is asked for."""
+def video_load(job: Job, megapixels: float | None, mean_s: float | None) -> Load:
+    """A second of 720p, its shots of middling length; with its sound, where that is asked for."""
     video = job.video
-    segment_s = (video.min_s + video.max_s) / 2
-    media_s = (VIDEO_MS + video.fps * FRAME_MS) / 1000
-    prefill_s = (video.fps * video.max_soft_tokens + PROMPT_TOKENS / segment_s) / PREFILL_TOKENS_S
+    segments_s = {
+        "shots": (video.min_s + video.max_s) / 2,
+        "fixed": video.max_s,
+        "whole": mean_s or video.span_s,
+    }
+    segment_s = segments_s[video.segment]
+    fps = min(video.fps, video.max_frames / segment_s)
+    decode_ms = VIDEO_MS if video.segment == "shots" else min(VIDEO_MS, fps * APART_MS)
+    media_s = (decode_ms + fps * FRAME_MS) / 1000
+    prefill_s = (fps * video.max_soft_tokens + PROMPT_TOKENS / segment_s) / PREFILL_TOKENS_S
     engine_s = prefill_s + ANSWER_SHARE * job.answer_tokens / segment_s / DECODE_TOKENS_S
     if video.transcribe:
-        sound = audio_load(job, None)
+        sound = audio_load(job, None, None)
         media_s, engine_s = media_s + sound.media_s, engine_s + sound.engine_s
     return Load(
         rate="hours of video an hour",
         media_s=media_s,
         engine_s=engine_s,
         units_a_span=video.span_s,
-        basis="720p, every frame decoded",
+        basis="720p, every frame decoded"
+        if decode_ms == VIDEO_MS
+        else "720p, single frames decoded",
     )
 
 
 # What a unit of each modality takes.
-LOADS: dict[str, Callable[[Job, float | None], Load]] = {
+LOADS: dict[str, Callable[[Job, float | None, float | None], Load]] = {
     "image": image_load,
     "audio": audio_load,
     "video": video_load,

@@ -166,6 +166,27 @@ def test_sound_of_videos_is_work_as_well() -> None:
     assert silent != heard
 
 
+def test_a_segment_has_no_more_frames_than_it_may_and_a_whole_video_is_one() -> None:
+    """A thousand films of an hour, a caption each: 5.2 hours of a GPU were said, and 8 asked for."""
+    nodes = [HEAD, Node(16, 0), Node(0, 1)]
+    films = Lengths(total_s=1000 * 3600.0, mean_s=3600.0, longest_s=3600.0)
+
+    def plan(engines: int | None = None, **video: object) -> Compute:
+        resources = {"accelerator": "gpu", "engines": engines}
+        one = job(task="describe-video", video=video, resources=resources)
+        return compute(one, nodes, 1000, lengths=films)
+
+    whole = plan(segment="whole")
+    assert "(720p, single frames decoded)" in whole.reasons[-1]
+    assert "in all some 0.1 hours of 1 GPUs" in whole.reasons[-1]
+    (warning,) = whole.warnings
+    assert "1 engines need some 32 CPUs for media, there are 16 now" in warning
+    assert plan(8, segment="whole").engines == 1
+    # 32 frames of a segment, however many fps would give
+    assert plan(fps=30).reasons[-1] == plan(fps=2).reasons[-1]
+    assert plan(segment="fixed", max_s=60).reasons[-1] != plan(segment="fixed").reasons[-1]
+
+
 def test_more_pixels_need_more_cpus() -> None:
     nodes = (HEAD, Node(4, 0), Node(8, 8))
     assert not shares(*nodes, megapixels=0.3).warnings
