@@ -317,8 +317,10 @@ def _row(job: Job, lengths: Lengths | None) -> tuple[int, int]:
         return max(1, round(longest_s * SAMPLE_RATE_HZ)) * 4, windows
     if job.modality == "video":
         video = job.video
-        longest_s, mean_s = _span_s(video.span_s, lengths)
         whole = video.segment == "whole"
+        # one span then, however long
+        most_s = lengths.longest_s if whole and lengths is not None else video.span_s
+        longest_s, mean_s = _span_s(most_s, lengths)
         most, windows = (
             1 if whole else max(1, round(seconds / video.max_s)) for seconds in (longest_s, mean_s)
         )

@@ -230,6 +230,11 @@ def test_a_videos_window_has_no_more_than_its_frames() -> None:
     whole = job(task="describe-video", video=video | {"segment": "whole"}, model=model)
     got = compute(whole, [Node(64, 1, STORE)], 1000)
     assert got.calls_per_engine == int(STORE / 8 / (32 * 280 * 6912))
+    # a film of an hour is one span, and has them at a frame a minute as well
+    rare = job(task="describe-video", video={"segment": "whole", "fps": 1 / 60})
+    films = Lengths(total_s=3.6e6, mean_s=3600.0, longest_s=3600.0)
+    got = compute(rare, [Node(64, 1, STORE)], 1000, lengths=films)
+    assert got.rows_per_block == (32 << 20) // (32 * 70 * 6912)
     # the default samples fewer frames than its windows might have
     usual = compute(job(task="describe-video"), [Node(64, 1, STORE)], 1000)
     assert usual.calls_per_engine == min(81, int(STORE / 8 / (120 * 70 * 6912)))
