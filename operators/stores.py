@@ -46,7 +46,10 @@ SIGNING = re.compile(
 # s3fs tries 5 times around botocore's attempts. With botocore's own default of 5 a wrong endpoint
 # is 40 s of silence, with 4 half of that; 5xx answers are tried again by botocore only.
 RETRIES = {"mode": "standard", "total_max_attempts": 4}
-THROTTLED = re.compile(r"SlowDown|Throttl|TooManyRequests|RequestLimitExceeded|RequestTimeout")
+# S3's codes of what may pass, where no HTTP status says so
+PASSING = re.compile(
+    r"SlowDown|Throttl|TooManyRequests|RequestLimitExceeded|RequestTimeout|InternalError|ServiceUnavailable"
+)
 TIMEOUTS = (
     TimeoutError,
     botocore.exceptions.ConnectTimeoutError,
@@ -206,7 +209,7 @@ def classify(error: BaseException) -> tuple[str, bool]:
     again = (
         isinstance(error, CONNECTIONS)
         or (status is not None and (status == 429 or status >= 500))
-        or THROTTLED.search(_store_code(error)) is not None
+        or PASSING.search(_store_code(error)) is not None
     )
     if status is None and isinstance(error, OSError) and not again:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
@@ -220,6 +223,8 @@ def reason(error: BaseException) -> str:
     status, code = http_status(error), _store_code(error)
     if status is not None:
         return f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
+    if code:
+        return code
     if isinstance(error, TIMEOUTS):
         return "timed out"
     if isinstance(error, UnicodeError):

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import fsspec
 import pyarrow.fs
+from botocore.exceptions import ClientError
 
-from operators.stores import LOCAL, S3, filesystem, protocol, redact, split_bucket
+from operators.stores import LOCAL, S3, classify, filesystem, protocol, redact, split_bucket
 
 DELETE_AT_ONCE = 1000  # S3's limit
+# Before objects are tried again that a request did not delete: each counts towards S3's 3500 a second.
+DELETE_WAITS_S = (1.0, 4.0, 16.0)
 
 
 class Store:
@@ -129,16 +133,32 @@ def s3_pages(
 
 def _delete_s3(store: fsspec.AbstractFileSystem, paths: list[str]) -> None:
     bucket, _ = split_bucket(store, paths[0])
-    objects = [{"Key": split_bucket(store, path)[1]} for path in paths]
-    answer = store.call_s3(
-        "delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True}
-    )
-    # s3fs's own bulk delete does not look at these.
-    for fault in answer.get("Errors", []):
-        if fault.get("Code") == "NoSuchKey":  # AWS does not say so, others may
-            continue
-        kind = PermissionError if fault.get("Code") == "AccessDenied" else OSError
-        raise kind(f"s3://{bucket}/{fault['Key']}: not deleted: {fault.get('Code')}")
+    keys = [split_bucket(store, path)[1] for path in paths]
+    for wait_s in (*DELETE_WAITS_S, 0.0):
+        objects = [{"Key": key} for key in keys]
+        answer = store.call_s3(
+            "delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True}
+        )
+        keys = []
+        # s3fs's own bulk delete does not look at these.
+        for fault in answer.get("Errors", []):
+            if fault.get("Code") == "NoSuchKey":  # AWS does not say so, others may
+                continue
+            error = _not_deleted(bucket, fault)
+            if not (wait_s and classify(error)[1]):
+                raise error
+            keys.append(fault["Key"])
+        if not keys:
+            return
+        time.sleep(wait_s)
+
+
+def _not_deleted(bucket: str, fault: dict[str, str]) -> OSError:
+    """As s3fs raises what a whole request is refused with."""
+    kind = PermissionError if fault.get("Code") == "AccessDenied" else OSError
+    error = kind(f"s3://{bucket}/{fault['Key']}: not deleted: {fault.get('Code')}")
+    error.__cause__ = ClientError({"Error": fault}, "DeleteObjects")
+    return error
 
 
 def _unlisted(error: OSError) -> None:

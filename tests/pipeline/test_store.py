@@ -11,6 +11,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
+from operators.stores import classify, reason
+from pipeline import store as store_module
 from pipeline.store import Store
 
 
@@ -110,6 +112,44 @@ def test_a_refused_delete_is_an_error(s3):
     s3.fault = lambda method, path, query: (403, "AccessDenied") if method == "POST" else None
     with pytest.raises(PermissionError):
         store.delete(["part"])
+
+
+@pytest.mark.parametrize(
+    ("codes", "left", "said"),
+    [
+        (["SlowDown", "InternalError"], [], None),  # S3 counts each of a request's objects
+        (["SlowDown"] * 9, ["b"], ("fetch.unavailable", True, "SlowDown")),
+        (["SlowDown", "AccessDenied"], ["b"], ("fetch.forbidden", False, "AccessDenied")),
+        (["MalformedXML"], ["b"], ("fetch.unavailable", False, "MalformedXML")),
+    ],
+)
+def test_what_a_request_did_not_delete_is_tried_again_where_that_may_help(
+    monkeypatch, codes, left, said
+):
+    """A folded ledger of 10,000 parts: the finished run ended with a traceback, and without latest.json."""
+
+    class Busy:
+        def __init__(self):
+            self.there = ["a", "b", "c"]
+
+        def call_s3(self, method, Bucket, Delete):
+            faults = []
+            for item in Delete["Objects"]:
+                if item["Key"] == "b" and codes:
+                    faults.append({"Key": "b", "Code": codes.pop(0)})
+                elif item["Key"] in self.there:
+                    self.there.remove(item["Key"])
+            return {"Errors": faults}
+
+    monkeypatch.setattr(store_module, "DELETE_WAITS_S", (0.001, 0.001))
+    busy = Busy()
+    if said is None:
+        store_module._delete_s3(busy, ["bucket/a", "bucket/b", "bucket/c"])
+    else:
+        with pytest.raises(OSError, match=r"s3://bucket/b: not deleted: \w+") as refused:
+            store_module._delete_s3(busy, ["bucket/a", "bucket/b", "bucket/c"])
+        assert (*classify(refused.value), reason(refused.value)) == said
+    assert busy.there == left
 
 
 def test_a_large_object_shows_only_when_its_upload_is_complete(s3):
