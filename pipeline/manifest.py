@@ -83,7 +83,7 @@ def _assets(config: InputConfig, skipped: Skipped) -> Iterator[Asset]:
 
 def _cell(row: Row, column: str | None, where: str) -> str | None:
     """The row's value of `column` as text; None without one, or where the job names no column."""
-    text = None if column is None else _text(row.get(column))
+    text = None if column is None else value_text(row.get(column))
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:  # half of a pair, which only JSON's escapes can write
@@ -244,7 +244,8 @@ def _check(columns: Iterable[str], uri: str, config: InputConfig) -> list[str]:
     return list(dict.fromkeys(name for name in fields.values() if name is not None))
 
 
-def _text(value: object) -> str | None:
+def value_text(value: object) -> str | None:
+    """A cell of any column as text; None where it has none."""
     if value is None or value != value:  # NaN is how pandas writes a missing value
         return None
     if isinstance(value, str):

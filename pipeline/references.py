@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.stores import HTTP, protocol, reason, redact, unsigned
-from pipeline.manifest import CSV, MANIFESTS, PARQUET, csv_rows, resolve, text_of
+from pipeline.manifest import CSV, MANIFESTS, PARQUET, csv_rows, resolve, text_of, value_text
 from pipeline.source_list import opened
 from pipeline.source_rows import listing_faults
 
@@ -70,14 +70,17 @@ def read_references(
     known: dict[str, Reference] = {}
     without_text = 0
     for number, row in enumerate(rows, 1):
-        value, text = _text(row.get(str(chosen))), _text(row.get("text"))
+        value, text, language = (
+            _cell(row, column, f"{name}: row {number}")
+            for column in (str(chosen), "text", "language")
+        )
         if value is None or not value.strip():
             raise EvaluateError(f"{name}: row {number}: column {chosen} is empty")
         if text is None:
             without_text += 1
             continue
         where = unsigned(resolve(value, uri)) if chosen == "uri" else ""
-        reference = Reference(value, text, _text(row.get("language")), where)
+        reference = Reference(value, text, language, where)
         if known.setdefault(value, reference) != reference:
             raise EvaluateError(f"{name}: row {number}: {chosen} {value} comes twice and differs")
     if not known:
@@ -99,7 +102,14 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
             text = text_of(file, name)
             if name.endswith(CSV):
                 reader = csv_rows(text)
-                return list(reader.fieldnames or ()), list(reader)
+                columns, cells = list(reader.fieldnames or ()), list(reader)
+                for number, row in enumerate(cells, 1):
+                    if any(row.get(None) or ()):  # the text would be cut at its first comma
+                        raise EvaluateError(
+                            f"{redact(uri)}: row {number}: more cells than the first line has columns;"
+                            " a value with a comma must stand in quotes"
+                        )
+                return columns, cells
             rows = [json.loads(line) for line in text if line.strip()]
     except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error) as error:
         raise EvaluateError(f"{redact(uri)}: not a whole file of its kind: {error}") from error
@@ -110,8 +120,21 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 
 
-def _text(value: object) -> str | None:
-    return None if value is None or value != value else str(value)  # NaN: pandas' missing value
+def _cell(row: Row, column: str, where: str) -> str | None:
+    value = row.get(column)
+    if isinstance(value, dict | list):
+        raise EvaluateError(
+            f"{where}: column {column}: must be one text, and is a list or an object"
+        )
+    text = value_text(value)
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # half of a pair, which only JSON's escapes can write
+        message = (
+            f"{where}: column {column}: holds {error.object[error.start]!a}, which is no character"
+        )
+        raise EvaluateError(message) from error
+    return text
 
 
 @dataclass(frozen=True)

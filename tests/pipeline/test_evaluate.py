@@ -251,6 +251,12 @@ def test_the_most_exact_key_is_taken_unless_one_is_asked_for(tmp_path: Path) -> 
         read_references(name, {}, "asset_id")
 
 
+def test_text_that_a_parquet_file_holds_as_bytes_is_text(tmp_path: Path) -> None:
+    rows = [{"uri": b"a.wav", "text": "grün".encode()}]
+    (reference,) = read_references(write(tmp_path / "r.parquet", rows), {}).rows
+    assert reference == Reference("a.wav", "grün", None, f"{tmp_path}/a.wav")
+
+
 def test_rows_without_text_are_counted_and_a_day_of_speech_fits_in_csv(tmp_path: Path) -> None:
     name = write(tmp_path / "r.jsonl", [{"uri": "a", "text": None}, {"uri": "b", "text": "x"}])
     assert read_references(name, {}).without_text == 1
@@ -270,6 +276,17 @@ def test_rows_without_text_are_counted_and_a_day_of_speech_fits_in_csv(tmp_path:
         ),
         ("r.csv", "uri,text\n,b\n", r"r\.csv: row 1: column uri is empty"),
         ("r.csv", "uri,text\na,b\na,c\n", r"r\.csv: row 2: uri a comes twice and differs"),
+        ("r.csv", "uri,text\na,b\nc,well, yes\n", r"r\.csv: row 2: more cells than .* in quotes"),
+        (
+            "r.jsonl",
+            '{"uri": "a", "text": ["b"]}',
+            r"r\.jsonl: row 1: column text: must be one text",
+        ),
+        (
+            "r.jsonl",
+            '{"uri": "a", "text": "\\ud83d"}',
+            r"r\.jsonl: row 1: column text: holds '.ud83d'",
+        ),
         ("r.csv", "", r"r\.csv: no column .* there are none"),
         ("r.csv", "uri,text\n", r"r\.csv: column text: no row has one"),
         ("r.jsonl", "{", r"r\.jsonl: not a whole file of its kind"),
