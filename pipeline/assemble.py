@@ -160,7 +160,8 @@ def assemble(
         parts=tuple(parts),
         accounts=_accounts(db, store, plan, parts),
         runs=tuple(dict.fromkeys([*runs, *_new_runs(db)])),
-        changed=marker is None or parts != listed,
+        # A run whose answers all lost against better ones has changed no part, and says what it did.
+        changed=marker is None or parts != listed or plan.spans_todo > 0,
     )
 
 

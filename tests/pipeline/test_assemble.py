@@ -122,6 +122,19 @@ def test_a_failure_keeps_its_text_until_there_is_a_better_one(
     assert night.said()["a"] == ("ok", "a 0")
 
 
+def test_a_run_whose_answers_all_lost_against_better_ones_is_finished(
+    night: Night, go: Callable[..., Finished]
+) -> None:
+    half = failed("generate.looped", "half of it")
+    go(lambda row: half if row["uri"].endswith("a.wav") else answered(row))
+    parts = json.loads(night.folder.read("_SUCCESS"))["files"]
+    assert go(lambda row: failed("fetch.unavailable"), limits={"retry_failed": True}).did_work
+    told = json.loads(night.folder.read("run.json"))
+    assert (told["state"], told["accounts"]["assets"]["partial"]) == ("finished", 1)
+    assert json.loads(night.folder.read("report.json"))["run_id"] == told["run_id"]
+    assert json.loads(night.folder.read("_SUCCESS"))["files"] == parts
+
+
 def test_a_file_that_is_gone_takes_no_answer_with_it(
     night: Night, go: Callable[..., Finished]
 ) -> None:
