@@ -11,6 +11,7 @@ from pipeline.assemble import RESULTS_FOLDER, read_marker, read_part
 from pipeline.config import Job
 from pipeline.run import folder_store
 from pipeline.sample import LINES, TIMED, answer_lines
+from pipeline.source_rows import path_in
 
 
 def print_answers(job: Job, console: Console, rows: int) -> None:
@@ -33,7 +34,8 @@ def print_answers(job: Job, console: Console, rows: int) -> None:
                 shown.append(f"and {len(lines) - LINES} more")
             if answer["error_code"]:
                 shown.append(answer["error_code"])
-            table.add_row(PurePosixPath(answer["uri"]).name, answer["status"], "\n".join(shown))
+            name = PurePosixPath(path_in(answer["uri"])).name
+            table.add_row(name, answer["status"], "\n".join(shown))
         left -= min(left, answers.num_rows)
     if table.row_count:
         console.print(table)

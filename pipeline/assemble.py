@@ -149,9 +149,11 @@ def assemble(
     results = (batch for rows in slices for batch in batches(db.sql(_results(rows), params=values)))
     made = [*_write(store, RESULTS_FOLDER, plan.run_id, results, RESULTS)]
     parts += made
-    if job.modality != "image" and job.output.subtitles:
+    if job.modality != "image":
+        # also where none are written now: former ones would say what results no longer say
         gone = db.sql("SELECT asset_id FROM leaving SEMI JOIN base USING (asset_id)").fetchall()
         drop_subtitles(store, {asset_id for (asset_id,) in gone})
+    if job.modality != "image" and job.output.subtitles:
         for item in made:
             write_subtitles(store, read_part(store, item.name, SUBTITLED))
     failures = (batch for rows in slices for batch in batches(db.sql(_failures(rows))))

@@ -117,7 +117,8 @@ class OutputConfig(Settings):
     )
     subtitles: bool = Field(
         True,
-        description="of recordings and videos also .vtt, .srt and .json files: three or four an asset",
+        description="of recordings and videos also .vtt, .srt and .json files: three or four an asset, of"
+        " those that a run writes results of; turned on later, older results get none",
     )
 
 

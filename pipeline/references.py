@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from operators.stores import HTTP, protocol, reason, redact, unsigned
 from pipeline.manifest import CSV, MANIFESTS, PARQUET, csv_rows, resolve, text_of, value_text
 from pipeline.source_list import opened
-from pipeline.source_rows import listing_faults
+from pipeline.source_rows import listing_faults, path_in
 
 # The most exact first: the first one that the references have is the key.
 KEYS = ("asset_id", "source_id", "uri")
@@ -211,11 +211,8 @@ def _nearest(left: Sequence[Reference], rows: Sequence[Row]) -> Iterator[tuple[s
 
 
 def _path(uri: str) -> list[str]:
-    if uri.startswith("tar://"):
-        uri = uri.removeprefix("tar://").partition("::")[0]
-    elif protocol(uri) in HTTP:
-        uri = uri.partition("?")[0]
-    return [part for part in uri.split("/") if part not in ("", ".")] or [uri]
+    path = uri.partition("?")[0] if protocol(uri) in HTTP else path_in(uri)
+    return [part for part in path.split("/") if part not in ("", ".")] or [path]
 
 
 def _common(one: list[str], other: list[str]) -> int:

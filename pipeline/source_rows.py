@@ -1,6 +1,7 @@
 """The source's rows: identity of an asset, and batches of FOUND.
 
 normalise(uri)     one spelling for a file, and no character of an object's key changed
+path_in(uri)       what names the file: of a tar member its path in the shard
 asset_id(...)      32 hex digits
 Skipped            what was passed over, counted by reason
 in_batches(rows)   a small first batch, then 8192 rows each
@@ -89,6 +90,12 @@ def normalise(uri: str) -> str:
     if scheme in LOCAL:
         return local_path(uri)
     return scheme + uri[len(scheme) :]
+
+
+def path_in(uri: str) -> str:
+    """The URI of an asset without what precedes the file: `tar://member::shard` is its member."""
+    member, mark, _ = uri.removeprefix("tar://").rpartition("::")
+    return member if mark and protocol(uri) == "tar" else uri
 
 
 def asset_id(

@@ -22,6 +22,7 @@ import pyarrow as pa
 from operators.stitch import Segment
 from operators.subtitles import chapters, cues, srt, webvtt
 from pipeline.lease import LeasedStore
+from pipeline.source_rows import path_in
 from pipeline.store import Store
 
 FOLDER = "subtitles"
@@ -54,7 +55,7 @@ def drop_subtitles(store: Store, assets: Set[str]) -> None:
 
 
 def _write(store: Store, row: dict[str, Any]) -> None:
-    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(row["uri"]).stem)
+    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(path_in(row["uri"])).stem)
     stem = stem.encode()[:STEM_BYTES].decode(errors="ignore")
     name = f"{FOLDER}/{stem}-{row['asset_id'][:ID_CHARS]}"
     store.write(f"{name}.json", json.dumps(row, ensure_ascii=False, indent=1).encode())

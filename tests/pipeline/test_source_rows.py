@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.source_rows import asset_id, normalise, version_of
+from pipeline.source_rows import asset_id, normalise, path_in, version_of
 
 PARTS = st.tuples(
     st.text(), st.text(), st.none() | st.text(min_size=1), st.none() | st.text(min_size=1)
@@ -53,3 +53,15 @@ def test_local_paths_become_absolute_and_keys_stay_as_they_are(uri, normal):
 )
 def test_a_version_is_the_etag_or_size_and_time(info, version):
     assert version_of(info) == version
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("tar://x/a::b.wav::s3://b/0.tar", "x/a::b.wav"),
+        ("s3://b/a::b.wav", "s3://b/a::b.wav"),
+        ("/x/tar/0.tar", "/x/tar/0.tar"),
+    ],
+)
+def test_a_member_is_named_by_its_path_in_the_shard(uri, path):
+    assert path_in(uri) == path
