@@ -49,6 +49,8 @@ class Plan:
     assets: int
     bytes: int
     duplicates: int
+    # asked about with several variables, and no source_id tells their results apart
+    nameless: int
     skipped: dict[str, int]
     spans: int
     spans_todo: int
@@ -65,6 +67,11 @@ class Plan:
             text += f" ({self.lengths.total_s / 3600:,.1f} hours)"
         if self.duplicates:
             text += f"; {self.duplicates:,} duplicate rows counted once"
+        if self.nameless:
+            text += (
+                f"; {self.nameless:,} files stand in several rows with other variables: results will not"
+                " say which row an answer is to. Name a column that does in input.id_column"
+            )
         for reason, count in sorted(self.skipped.items()):
             text += f"; passed over: {count:,} {reason}"
         return text
@@ -101,6 +108,13 @@ def make_plan(
     """
     listed, skipped = _list(job, db, progress)
     assets, size = _one(db, "SELECT count(*), coalesce(sum(size_bytes), 0) FROM found")
+    (nameless,) = _one(
+        db,
+        """SELECT count(*) FROM (
+            SELECT uri FROM found WHERE variables IS NOT NULL AND source_id IS NULL
+            GROUP BY uri HAVING count(DISTINCT variables) > 1
+        )""",
+    )
     ledger.load(db, store)
     # A summary is told again with what it is about; the run that did that may not have come to it.
     db.execute(
@@ -151,6 +165,7 @@ def make_plan(
         assets=assets,
         bytes=size,
         duplicates=listed - assets,
+        nameless=nameless,
         skipped=dict(skipped),
         spans=before + spans,
         spans_todo=todo,

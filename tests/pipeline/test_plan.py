@@ -63,3 +63,20 @@ def test_pictures_have_no_length(tmp_path: Path) -> None:
         )
     assert plan.lengths is None
     assert plan.line() == "1 assets (0.0 MB), 1 spans, 1 to do"
+
+
+def test_a_plan_says_where_answers_could_not_be_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("uri,id,asked\na.jpg,1,who\na.jpg,2,where\nb.jpg,3,who\n")
+    listed = {"uri": str(tmp_path / "list.csv"), "variable_columns": ["asked"], "stat": False}
+    fields = {"task": "custom", "output": {"uri": "unused"}, "model": {"id": "some/model"}}
+    fields |= {"prompt": {"text": "Say {asked}."}}
+
+    def planned(**columns: str) -> str:
+        job = Job.model_validate(fields | {"input": listed | columns})
+        with scratch() as db:
+            store = Store(str(tmp_path / "out"), {})
+            return make_plan(job, db, store, "r", lambda: None, lambda *_: None).line()
+
+    assert "3 assets" in planned()
+    assert "1 files stand in several rows with other variables" in planned()
+    assert "variables" not in planned(id_column="id")
