@@ -173,14 +173,20 @@ def _sweep(options: argparse.Namespace, console: Console, engine: EngineFactory 
 def _write(options: argparse.Namespace, scores: Iterable[Scores]) -> None:
     if not options.out:
         return
+    from operators.stores import StoreError, reason, redact
     from pipeline.evaluate import asset_table
     from pipeline.parts import parquet_bytes
+    from pipeline.references import EvaluateError
+    from pipeline.source_rows import listing_faults
     from pipeline.store import Store
 
     folder, _, name = options.out.rpartition("/")
-    Store(folder or ("/" if options.out.startswith("/") else "."), options.storage_options).write(
-        name, parquet_bytes(asset_table(scores))
-    )
+    place = Store(folder or ("/" if options.out.startswith("/") else "."), options.storage_options)
+    try:
+        place.write(name, parquet_bytes(asset_table(scores)))
+    except listing_faults(options.out) as error:
+        why = str(error) if isinstance(error, StoreError) else reason(error)
+        raise EvaluateError(f"--out {redact(options.out)}: cannot be written ({why})") from error
 
 
 def _percent(rate: float | None, sign: str = "") -> str:

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from operators.score import Edits, Measured, measure, normaliser_for
+from operators.stores import reason
 from pipeline.assemble import MARKER, RESULTS_FOLDER, open_finished, read_part
 from pipeline.references import EvaluateError, Reference, References, Row, matched
-from pipeline.source_rows import SourceError
+from pipeline.source_rows import SourceError, listing_faults
 from pipeline.store import Store
 
 COLUMNS = ["asset_id", "uri", "source_id", "status", "modality", "text", "transcript", "language"]
@@ -44,7 +45,14 @@ class Output:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for name in self.parts:
-            for row in read_part(self.folder, name, COLUMNS).to_pylist():
+            try:
+                part = read_part(self.folder, name, COLUMNS)
+            except (*listing_faults(self.label), pa.ArrowException) as error:
+                raise EvaluateError(
+                    f"{self.folder.url(name)}: cannot be read ({reason(error)}). A run that ends just now"
+                    " may have replaced it: try again; polyscribe verify says whether the output is whole"
+                ) from error
+            for row in part.to_pylist():
                 spoken = row.pop("transcript")
                 yield row | {"text": spoken} if row["modality"] == "video" else row
 

@@ -180,6 +180,33 @@ def test_what_cannot_be_evaluated_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [("REFS/r.parquet", "File exists"), ("s4://b/r.parquet", "unknown scheme s4://")],
+)
+def test_an_out_that_cannot_be_written_is_refused_after_the_rates(
+    tmp_path: Path, refs: str, capsys: pytest.CaptureFixture[str], out: str, why: str
+) -> None:
+    write_output(make_job("/in", str(tmp_path / "out")), answers(a="hello big world"))
+    target = out.replace("REFS", refs)
+    code, said = go(str(tmp_path / "out"), "--references", refs, "--out", target)
+    assert (code, "WER" in said) == (REFUSED, True)
+    told = capsys.readouterr().err
+    assert f"--out {target}: cannot be written" in told
+    assert why in told
+
+
+def test_a_part_that_is_gone_is_named(
+    tmp_path: Path, refs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_output(make_job("/in", str(tmp_path / "out")), answers(a="x")).delete(
+        ["results/r-000000.parquet"]
+    )
+    code, _ = go(str(tmp_path / "out"), "--references", refs)
+    assert code == REFUSED
+    assert "results/r-000000.parquet: cannot be read (" in capsys.readouterr().err
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> tuple[str, str]:
     """A job file over eight recordings, and references of seven of them."""
