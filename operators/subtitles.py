@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,8 @@ from operators.stitch import Segment, plain
 # What broadcasters and Netflix's guide agree on.
 LINE_WIDTH = 42
 LINES = 2
+# Of a cue with the spaces that it is counted with; the first of a line is not shown.
+MOST_WIDTH = LINES * (LINE_WIDTH + 1)
 LEAST_CUE_S = 1.0
 MOST_CUE_S = 7.0
 
@@ -85,7 +88,9 @@ def _segment_cues(segment: Segment) -> list[Cue]:
     if not pieces:
         return []
     duration_s = max(0.0, segment.end_s - segment.start_s)
-    count = max(1, -int(-duration_s // MOST_CUE_S))
+    width = sum(piece.width + len(piece.glue) for piece in pieces)
+    # Not one more at a time from 1: an answer that rambled on for 3,000 words took minutes.
+    count = max(1, -int(-duration_s // MOST_CUE_S), width // MOST_WIDTH)
     while True:
         parts = _parts(pieces, count)
         lines = [_lines(part) for part in parts]
@@ -113,7 +118,9 @@ def _parts(pieces: list[_Piece], count: int) -> list[list[_Piece]]:
     bounds = [0]
     for number in range(1, count):
         wanted = passed * number / count
-        nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - wanted)) + 1
+        after = bisect_left(ends, wanted)
+        around = range(max(0, after - 1), min(after + 1, len(ends)))
+        nearest = min(around, key=lambda i: abs(ends[i] - wanted)) + 1
         if bounds[-1] < nearest < len(pieces):
             bounds.append(nearest)
     return [pieces[start:end] for start, end in pairwise([*bounds, len(pieces)])]
@@ -124,6 +131,8 @@ def _lines(pieces: list[_Piece]) -> list[str]:
     text, width = _text(pieces), _width(_text(pieces))
     if width <= LINE_WIDTH:
         return [text]
+    if width > MOST_WIDTH:
+        return [piece.text for piece in pieces]
     for split in sorted(
         range(1, len(pieces)), key=lambda at: abs(_width(_text(pieces[:at])) * 2 - width)
     ):

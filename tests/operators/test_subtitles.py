@@ -44,6 +44,13 @@ def test_a_segment_is_shared_out_by_its_words() -> None:
     assert len(made) == 2
 
 
+def test_an_answer_that_rambles_on_is_cut_at_once() -> None:
+    rambled = " ".join([TEXT] * 80)  # took minutes
+    made = cues([Segment(0, 15, rambled)])
+    check(made)
+    assert " ".join(" ".join(cue.lines) for cue in made) == rambled
+
+
 def test_a_short_segment_is_one_cue_of_a_second() -> None:
     assert cues([Segment(3, 3.2, "Yes.")]) == [Cue(3, 4, ("Yes.",))]
     assert cues([Segment(3, 3.2, "Yes."), Segment(3.5, 9, "No.")])[0] == Cue(3, 3.5, ("Yes.",))
