@@ -1,8 +1,8 @@
 """Spans to results: reconcile, one row an asset, failures, then the marker, last.
 
 Results grow: a run writes rows for the assets it touched, and only those older parts that hold a row it
-replaces (a failure asked again, changed bytes under an old URI) are written anew. A reader who goes by
-_SUCCESS sees one state or the next, never a mixture.
+replaces (a failure asked again, changed bytes under an old URI) are written anew, and small ones that have
+become many. A reader who goes by _SUCCESS sees one state or the next, never a mixture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from operators.schema import FAILED, MISSING, RESULTS
@@ -34,6 +35,9 @@ from pipeline.subtitle_files import SUBTITLED, drop_subtitles, write_subtitles
 
 MARKER = "_SUCCESS"
 RESULTS_FOLDER, FAILURES_FOLDER = "results", "failures"
+SCHEMAS = {RESULTS_FOLDER: RESULTS, FAILURES_FOLDER: FAILED}
+# Of a part, in its file.
+SMALL_BYTES = 4 << 20
 # Spans of sound, by their track.
 HEARD = f"track NOT IN ('{IMAGE}', '{FRAMES}', '{SUMMARY}')"
 
@@ -158,12 +162,15 @@ def assemble(
             write_subtitles(store, read_part(store, item.name, SUBTITLED))
     failures = (batch for rows in slices for batch in batches(db.sql(_failures(rows))))
     parts += _write(store, FAILURES_FOLDER, plan.run_id, failures, FAILED)
+    # A run whose answers all lost against better ones has changed no part, and says what it did.
+    changed = marker is None or parts != listed or plan.spans_todo > 0
+    if changed:
+        parts = [*_fold(store, parts, plan.run_id)]
     return Assembly(
         parts=tuple(parts),
         accounts=_accounts(db, store, plan, parts),
         runs=tuple(dict.fromkeys([*runs, *_new_runs(db)])),
-        # A run whose answers all lost against better ones has changed no part, and says what it did.
-        changed=marker is None or parts != listed or plan.spans_todo > 0,
+        changed=changed,
     )
 
 
@@ -213,10 +220,29 @@ def _carry_over(
         elif gone < item.rows:
             db.register("batch", read_part(store, item.name))
             kept = db.sql("SELECT * FROM batch ANTI JOIN leaving USING (asset_id)")
-            schema = RESULTS if item.name.startswith(RESULTS_FOLDER) else FAILED
-            table = kept.to_arrow_table().select(schema.names).cast(schema)
             folder = item.name.partition("/")[0]
+            schema = SCHEMAS[folder]
+            table = kept.to_arrow_table().select(schema.names).cast(schema)
             yield _put(store, f"{folder}/{run_id}-kept-{place:06d}.parquet", table)
+
+
+def _fold(store: Store, parts: list[Part], run_id: str) -> Iterator[Part]:
+    """Small parts as few, where they have become many; the others as they are.
+
+    A schedule adds one or two a run, and each costs every later run some requests.
+    """
+    for folder, schema in SCHEMAS.items():
+        own = [item for item in parts if item.name.startswith(folder)]
+        small = [item for item in own if item.bytes < SMALL_BYTES]
+        if len(small) <= ledger.MOST_SMALL_PARTS:
+            yield from own
+            continue
+        yield from (item for item in own if item.bytes >= SMALL_BYTES)
+        filesystem, root = store.arrow()
+        paths = [f"{root}/{item.name}" for item in small]
+        rows = pads.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
+        for place, table in enumerate(tables(rows.to_batches(), ROWS_A_PART)):
+            yield _put(store, f"{folder}/{run_id}-folded-{place:06d}.parquet", table)
 
 
 def _write(

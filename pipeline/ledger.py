@@ -24,7 +24,7 @@ from pipeline.store import Store
 
 FOLDER = "ledger"
 
-# Each part costs every later run some requests. So many of write tasks may lie there.
+# Each part costs every later run some requests. So many of write tasks may lie there, and of results.
 MOST_SMALL_PARTS = 64
 FOLDED = "-folded-"
 

@@ -14,6 +14,7 @@ from nights import Killed, Night, Row, answered, divide, failed
 import pipeline.run
 from operators.divide import Track
 from operators.tracks import FRAMES, SUMMARY
+from pipeline import ledger
 from pipeline.run import Finished
 from pipeline.verify import verify
 
@@ -133,6 +134,33 @@ def test_a_run_whose_answers_all_lost_against_better_ones_is_finished(
     assert (told["state"], told["accounts"]["assets"]["partial"]) == ("finished", 1)
     assert json.loads(night.folder.read("report.json"))["run_id"] == told["run_id"]
     assert json.loads(night.folder.read("_SUCCESS"))["files"] == parts
+
+
+def test_parts_that_have_become_many_are_folded(
+    night: Night, go: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MOST_SMALL_PARTS", 3)
+
+    def outcome(row: Row) -> Row:
+        return failed("decode.corrupt") if row["uri"].endswith("y.wav") else answered(row)
+
+    expected = {}
+    for hour in range(9):
+        night.add(f"{hour}x")
+        night.add(f"{hour}y")
+        go(outcome)
+        expected |= {f"{hour}x": ("ok", f"{hour}x 0"), f"{hour}y": ("failed", None)}
+        for folder in ("results", "failures"):
+            assert 1 <= len(night.folder.names(folder)) <= 3
+        assert verify(str(night.output), {})[0] == []
+    said = night.said()
+    assert said == said | expected
+    folder = night.folder.url("failures")
+    lost = duckdb.sql(f"SELECT uri FROM '{folder}/*.parquet'").fetchall()
+    assert sorted(Path(uri).stem for (uri,) in lost) == [f"{hour}y" for hour in range(9)]
+    listed = json.loads(night.folder.read("_SUCCESS"))["files"]
+    assert not go(outcome).did_work
+    assert json.loads(night.folder.read("_SUCCESS"))["files"] == listed
 
 
 def test_a_file_that_is_gone_takes_no_answer_with_it(
