@@ -104,13 +104,18 @@ def load(db: duckdb.DuckDBPyConnection, store: Store) -> None:
     store; `bring` fetches those that are wanted.
     """
     names = store.names(FOLDER, ".parquet")
-    db.register("ledger_parts", _dataset(store, names) if names else LEDGER.empty_table())
-    db.execute(
-        f"""CREATE OR REPLACE TABLE states AS
-        SELECT span_id, asset_id, division, span_count, track, status, has_text, error_code,
-            sealed, run_id, finished_at
-        FROM ledger_parts {ONE_STATE}"""
-    )
+    try:
+        db.register("ledger_parts", _dataset(store, names) if names else LEDGER.empty_table())
+        db.execute(
+            f"""CREATE OR REPLACE TABLE states AS
+            SELECT span_id, asset_id, division, span_count, track, status, has_text, error_code,
+                sealed, run_id, finished_at
+            FROM ledger_parts {ONE_STATE}"""
+        )
+    except (duckdb.Error, FileNotFoundError):
+        if store.names(FOLDER, ".parquet") == names:
+            raise
+        return load(db, store)  # another run, which ends just now, has folded them
     db.execute(
         f"""CREATE OR REPLACE TABLE ledger AS
         SELECT states.* FROM states SEMI JOIN ({ONE_DIVISION}) USING (asset_id, division)"""

@@ -15,6 +15,7 @@ import pipeline.plan
 import pipeline.run
 from operators.divide import Track
 from pipeline import ledger
+from pipeline.plan import scratch
 from pipeline.run import Finished
 from pipeline.store import Store
 from pipeline.verify import verify
@@ -128,3 +129,24 @@ def test_a_run_that_is_killed_while_parts_are_folded_doubles_nothing(
     assert finished.accounts["spans"]["ok"] == 5
     assert verify(str(night.output), {})[0] == []
     assert all("-folded-" in name for name in night.folder.names("ledger"))
+
+
+def test_a_run_that_looks_while_another_folds_looks_again(
+    night: Night, go: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go()
+    names = Store.names
+    monkeypatch.setattr(ledger, "MOST_SMALL_PARTS", 0)
+
+    def then_folded(store: Store, folder: str, *suffix: str) -> list[str]:
+        listed = names(store, folder, *suffix)
+        monkeypatch.setattr(Store, "names", names)
+        ledger.fold(night.folder, "another")
+        return listed
+
+    with scratch() as db:
+        monkeypatch.setattr(Store, "names", then_folded)
+        ledger.load(db, night.folder)
+        (spans,) = db.execute("SELECT count(*) FROM ledger").fetchall()[0]
+    assert spans == 4
+    assert all(ledger.FOLDED in name for name in night.folder.names(ledger.FOLDER))
