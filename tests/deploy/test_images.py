@@ -80,7 +80,7 @@ def test_the_cpu_image_takes_torch_as_the_set_up_does() -> None:
     pinned = subprocess.run(
         ["bash", "-c", command[1]], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert f"torch=={pinned}" in PROJECT["optional-dependencies"]["cpu"]
+    assert f"torch=={pinned}" in PROJECT["dependencies"]
     assert '"torch==$torch+cpu"' in runs
     assert '"torch==$torch+cpu"' in SETUP
     loop = "for package in torchaudio torchcodec; do"
