@@ -20,7 +20,6 @@ from operators.settings import ImageSettings
 PRELOAD = (
     "operators.prepare_image",
     "torch",
-    "pi_heif",
     *(
         f"PIL.{name}ImagePlugin"
         for name in ("Avif", "Bmp", "Gif", "Jpeg", "Mpo", "Png", "Tiff", "WebP")

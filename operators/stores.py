@@ -95,11 +95,17 @@ def protocol(uri: str) -> str:
     return match[1].lower() if match else "file"
 
 
+def split_member(uri: str) -> tuple[str, str]:
+    """("tar://member", the shard's URI) of a member of a tar shard, ("", uri) of any other file."""
+    member, mark, shard = uri.rpartition("::")
+    return (member, shard) if mark and protocol(uri) == "tar" else ("", uri)
+
+
 def redact(uri: str) -> str:
     """`uri` for messages: without user and password, and without a query that may be signed."""
     scheme = protocol(uri)
-    member, of, shard = uri.rpartition("::")
-    if scheme == "tar" and of:
+    member, shard = split_member(uri)
+    if member:
         return f"{member}::{redact(shard)}"
     shown = USERINFO.sub("***@", uri)
     return shown if scheme in NAMED else re.sub(r"(?s)[?#].*", "?***", shown)
@@ -111,8 +117,8 @@ def unsigned(uri: str) -> str:
     What is left stays the same when a URL is signed anew. A member's name stays as it is.
     """
     scheme = protocol(uri)
-    member, mark, shard = uri.rpartition("::")
-    if scheme == "tar" and mark:
+    member, shard = split_member(uri)
+    if member:
         return f"{member}::{unsigned(shard)}"
     plain = scheme in USERLESS or uri.startswith(f"{scheme}://arn:")
     shown = uri if plain else USERINFO.sub("", uri)

@@ -157,9 +157,9 @@ def assemble(
         # also where none are written now: former ones would say what results no longer say
         gone = db.sql("SELECT asset_id FROM leaving SEMI JOIN base USING (asset_id)").fetchall()
         drop_subtitles(store, {asset_id for (asset_id,) in gone})
-    if job.modality != "image" and job.output.subtitles:
-        for item in made:
-            write_subtitles(store, read_part(store, item.name, SUBTITLED))
+        if job.output.subtitles:
+            for item in made:
+                write_subtitles(store, read_part(store, item.name, SUBTITLED))
     failures = (batch for rows in slices for batch in batches(db.sql(_failures(rows))))
     parts += _write(store, FAILURES_FOLDER, plan.run_id, failures, FAILED)
     # A run whose answers all lost against better ones has changed no part, and says what it did.
@@ -241,20 +241,19 @@ def _fold(store: Store, parts: list[Part], run_id: str) -> Iterator[Part]:
         filesystem, root = store.arrow()
         paths = [f"{root}/{item.name}" for item in small]
         rows = pads.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
-        for place, table in enumerate(tables(rows.to_batches(), ROWS_A_PART)):
-            yield _put(store, f"{folder}/{run_id}-folded-{place:06d}.parquet", table)
+        yield from _write(store, folder, f"{run_id}-folded", rows.to_batches(), schema)
 
 
 def _write(
     store: Store,
     folder: str,
-    run_id: str,
+    name: str,
     batches: Iterable[pa.RecordBatch],
     schema: pa.Schema,
 ) -> Iterator[Part]:
     for place, table in enumerate(tables(batches, ROWS_A_PART)):
         made = table.select(schema.names).cast(schema)
-        yield _put(store, f"{folder}/{run_id}-{place:06d}.parquet", made)
+        yield _put(store, f"{folder}/{name}-{place:06d}.parquet", made)
 
 
 def _put(store: Store, name: str, table: pa.Table) -> Part:

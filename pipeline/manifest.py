@@ -41,6 +41,9 @@ STAT_AT_ONCE = 256
 PARQUET_ROWS = 1024
 # A day of speech is about 150,000 words; csv's own limit is 131,072 characters.
 MAX_TEXT_CHARS = 1 << 28
+EXTRA_CELLS = (
+    "more cells than the first line has columns; a value with a comma must stand in quotes"
+)
 
 Row = Mapping[str, object]
 
@@ -83,13 +86,10 @@ def _assets(config: InputConfig, skipped: Skipped) -> Iterator[Asset]:
 
 def _cell(row: Row, column: str | None, where: str) -> str | None:
     """The row's value of `column` as text; None without one, or where the job names no column."""
-    text = None if column is None else value_text(row.get(column))
     try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:  # half of a pair, which only JSON's escapes can write
-        message = f"{where}: {column}: holds {error.object[error.start]!a}, which is no character"
-        raise SourceError(message) from error
-    return text
+        return None if column is None else value_text(row.get(column))
+    except ValueError as error:
+        raise SourceError(f"{where}: {column}: {error}") from error
 
 
 def resolve(named: str, manifest: str) -> str:
@@ -192,12 +192,8 @@ def _csv(text: io.TextIOWrapper, uri: str, config: InputConfig) -> Iterator[tupl
     try:
         _check(reader.fieldnames or (), uri, config)
         for row in reader:
-            # a comma that nobody quoted: the uri, cut at it, may be another file's
-            if any(row.get(None) or ()):
-                raise SourceError(
-                    f"{redact(uri)}: line {reader.line_num}: more cells than the first line has"
-                    " columns; a value with a comma must stand in quotes"
-                )
+            if has_extra_cells(row):
+                raise SourceError(f"{redact(uri)}: line {reader.line_num}: {EXTRA_CELLS}")
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise SourceError(f"{redact(uri)}: line {reader.line_num}: not CSV: {error}") from error
@@ -244,14 +240,27 @@ def _check(columns: Iterable[str], uri: str, config: InputConfig) -> list[str]:
     return list(dict.fromkeys(name for name in fields.values() if name is not None))
 
 
+def has_extra_cells(row: Mapping[str | None, Any]) -> bool:
+    """Whether a line of CSV has EXTRA_CELLS: a value, cut at a comma, may mean something else."""
+    return any(row.get(None) or ())
+
+
 def value_text(value: object) -> str | None:
-    """A cell of any column as text; None where it has none."""
+    """A cell of any column as text; None where it has none.
+
+    Raises ValueError where the text holds what is no character.
+    """
     if value is None or value != value:  # NaN is how pandas writes a missing value
         return None
-    if isinstance(value, str):
-        return value
     if isinstance(value, bool | dict | list):
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return str(value)
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    elif isinstance(value, bytes):
+        text = value.decode("utf-8", "replace")
+    else:
+        text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair, which only JSON's escapes can write
+        message = f"holds {error.object[error.start]!a}, which is no character"
+        raise ValueError(message) from error
+    return text

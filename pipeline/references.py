@@ -19,7 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators.stores import HTTP, protocol, reason, redact, unsigned
-from pipeline.manifest import CSV, MANIFESTS, PARQUET, csv_rows, resolve, text_of, value_text
+from pipeline.manifest import (
+    CSV,
+    EXTRA_CELLS,
+    MANIFESTS,
+    PARQUET,
+    csv_rows,
+    has_extra_cells,
+    resolve,
+    text_of,
+    value_text,
+)
 from pipeline.source_list import opened
 from pipeline.source_rows import listing_faults, path_in
 
@@ -104,11 +114,8 @@ def _read(uri: str, options: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
                 reader = csv_rows(text)
                 columns, cells = list(reader.fieldnames or ()), list(reader)
                 for number, row in enumerate(cells, 1):
-                    if any(row.get(None) or ()):  # the text would be cut at its first comma
-                        raise EvaluateError(
-                            f"{redact(uri)}: row {number}: more cells than the first line has columns;"
-                            " a value with a comma must stand in quotes"
-                        )
+                    if has_extra_cells(row):
+                        raise EvaluateError(f"{redact(uri)}: row {number}: {EXTRA_CELLS}")
                 return columns, cells
             rows = [json.loads(line) for line in text if line.strip()]
     except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error) as error:
@@ -126,15 +133,10 @@ def _cell(row: Row, column: str, where: str) -> str | None:
         raise EvaluateError(
             f"{where}: column {column}: must be one text, and is a list or an object"
         )
-    text = value_text(value)
     try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:  # half of a pair, which only JSON's escapes can write
-        message = (
-            f"{where}: column {column}: holds {error.object[error.start]!a}, which is no character"
-        )
-        raise EvaluateError(message) from error
-    return text
+        return value_text(value)
+    except ValueError as error:
+        raise EvaluateError(f"{where}: column {column}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from operators.stores import (
     protocol,
     reason,
     redact,
+    split_member,
     unsigned,
 )
 from pipeline.config import ConfigError
@@ -94,8 +95,8 @@ def normalise(uri: str) -> str:
 
 def path_in(uri: str) -> str:
     """The URI of an asset without what precedes the file: `tar://member::shard` is its member."""
-    member, mark, _ = uri.removeprefix("tar://").rpartition("::")
-    return member if mark and protocol(uri) == "tar" else uri
+    member, _ = split_member(uri)
+    return member.removeprefix("tar://") if member else uri
 
 
 def asset_id(
